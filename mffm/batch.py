@@ -1,0 +1,79 @@
+"""A batch: systems packed end to end, with labels and label masks. Where data, models, loss and optim meet."""
+
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor
+
+from mffm.keys import Property
+
+
+@dataclass(slots=True)
+class Batch:
+    """Packed systems. A system is one (frame, fidelity), whatever the method.
+
+    Edges are stored padded by receiver: atom ``i`` has up to ``K`` = max neighbors slots, so that a sum over
+    neighbors is a dense sum over ``K`` and needs no atomics. Edge ``(i, k)`` points from receiver ``i`` to sender
+    ``j = neighbors[i, k]``, with ``r_ij = x_j - x_i + shift @ cell``. Unused slots have ``neighbor_mask`` False and a
+    neighbor index of ``i`` itself. Neighbor lists are full: the edge (j → i) has a partner (i → j) at the flat slot
+    ``reverse[i, k]`` (= j * K + k'); unused slots point to themselves.
+
+    Attributes:
+        atomic_numbers: [n_atoms] int64.
+        positions: [n_atoms, 3] in the model's dtype, Å.
+        cell: [n_systems, 3, 3], rows, Å; zeros where there is no cell.
+        neighbors: [n_atoms, K] int64, sender of each edge.
+        neighbor_mask: [n_atoms, K] bool.
+        edge_vectors: [n_atoms, K, 3], Å, r_ij from receiver to sender; unused slots hold (2 * cutoff, 0, 0).
+        reverse: [n_atoms, K] int64, flat slot of the opposite edge.
+        system_idx: [n_atoms] int64, atom → system.
+        fidelity_idx: [n_systems] int64, system → fidelity.
+        n_atoms: [n_systems] int64.
+        volume: [n_systems], Å³; 0 where the system is not periodic in three directions.
+        charge: [n_systems] int64, 0 where none was given.
+        spin_multiplicity: [n_systems] int64, 0 where none was given.
+        labels: property → label, as in ``mffm.keys``; energy in float64, the rest in the model's dtype. Masked ones are 0.
+        masks: property → [n_systems] bool: the label exists and the recipe uses it.
+        weights: property → [n_systems], weight of this system's label in the loss.
+        rows: [n_systems] int64, row in the store, for messages; -1 for a dummy system.
+    """
+
+    atomic_numbers: Tensor
+    positions: Tensor
+    cell: Tensor
+    neighbors: Tensor
+    neighbor_mask: Tensor
+    edge_vectors: Tensor
+    reverse: Tensor
+    system_idx: Tensor
+    fidelity_idx: Tensor
+    n_atoms: Tensor
+    volume: Tensor
+    charge: Tensor
+    spin_multiplicity: Tensor
+    labels: dict[Property, Tensor]
+    masks: dict[Property, Tensor]
+    weights: dict[Property, Tensor]
+    rows: Tensor
+
+    @property
+    def n_systems(self) -> int:
+        return self.fidelity_idx.shape[0]
+
+    @property
+    def n_edges(self) -> int:
+        return int(self.neighbor_mask.sum())
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
+        """Return the batch on another device; dtypes stay."""
+
+        def move(value: Tensor | dict[Property, Tensor]) -> Tensor | dict[Property, Tensor]:
+            if isinstance(value, dict):
+                return {k: v.to(device, non_blocking=non_blocking) for k, v in value.items()}
+            return value.to(device, non_blocking=non_blocking)
+
+        return Batch(**{f.name: move(getattr(self, f.name)) for f in fields(self)})
+
+    def with_fidelity(self, fidelity_idx: Tensor) -> "Batch":
+        """Return the same systems asked at other fidelities."""
+        return replace(self, fidelity_idx=fidelity_idx)

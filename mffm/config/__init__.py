@@ -1,0 +1,1 @@
+"""Every schema of mffm, without torch. YAML fills them, an unknown key is an error."""

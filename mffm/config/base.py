@@ -1,0 +1,131 @@
+"""The base of every schema: strict pydantic models filled from YAML, with dotted overrides."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from mffm.errors import InputError, known
+
+
+class Schema(BaseModel):
+    """A typed part of a configuration: unknown keys are errors, values do not change after loading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
+
+
+S = TypeVar("S", bound=Schema)
+
+
+def read_yaml(path: Path | str) -> dict[str, Any]:
+    """Return the mapping in a YAML file.
+
+    Raises:
+        InputError: no such file, not YAML, or not a mapping.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"{path}: no such file")
+    try:
+        content = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise InputError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: expected a mapping of keys to values, found {type(content).__name__}")
+    return content
+
+
+def apply_overrides(content: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """Return a copy of ``content`` with dotted overrides such as ``train.steps=2000`` or ``data.pools.0.weight=2``.
+
+    Values are read as YAML, so ``null``, numbers, lists and strings have their usual meaning.
+    """
+    content = yaml.safe_load(yaml.safe_dump(content))
+    for override in overrides:
+        name, sep, value = override.partition("=")
+        if not sep or not name:
+            raise InputError(f"override {override!r}: expected key.key=value")
+        *parents, last = name.strip().split(".")
+        node: Any = content
+        for depth, key in enumerate(parents):
+            place = ".".join(parents[: depth + 1])
+            if isinstance(node, list):
+                node = node[_list_index(node, key, override)]
+            elif isinstance(node, dict):
+                if node.get(key) is None:
+                    node[key] = {}
+                node = node[key]
+            if not isinstance(node, dict | list):
+                raise InputError(f"override {override!r}: {place} is {node!r}, not a group of keys")
+        try:
+            parsed = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise InputError(f"override {override!r}: the value is not valid YAML") from error
+        if isinstance(node, list):
+            node[_list_index(node, last, override)] = parsed
+        else:
+            node[last] = parsed
+    return content
+
+
+def _list_index(node: list[Any], key: str, override: str) -> int:
+    if not key.isdigit() or int(key) >= len(node):
+        raise InputError(f"override {override!r}: {key!r} is not an index into a list of {len(node)}")
+    return int(key)
+
+
+def validate(schema: type[S], content: Mapping[str, Any], place: str) -> S:
+    """Return ``content`` as a ``schema``; every fault is listed with its key, its value and what was expected.
+
+    Raises:
+        InputError: one message that names every fault.
+    """
+    try:
+        return schema.model_validate(content)
+    except ValidationError as error:
+        lines = []
+        for fault in error.errors():
+            loc = ".".join(str(part) for part in fault["loc"]) or "(top level)"
+            if fault["type"] == "extra_forbidden":
+                siblings = _known_keys(schema, fault["loc"])
+                lines.append(f"  {loc}: unknown key{f'; known keys here: {known(siblings)}' if siblings else ''}")
+            elif fault["type"] == "missing":
+                lines.append(f"  {loc}: required and not given")
+            else:
+                message = fault["msg"].removeprefix("Value error, ")
+                shown = repr(fault["input"])
+                lines.append(f"  {loc}: {message}" + (f" (found {shown})" if len(shown) < 80 else ""))
+        raise InputError(f"{place}: {len(lines)} fault(s) in the configuration\n" + "\n".join(lines)) from error
+
+
+def _known_keys(schema: type[BaseModel], loc: tuple[int | str, ...]) -> list[str]:
+    """Return the keys that the schema at ``loc[:-1]`` knows; empty where it cannot be told."""
+    current: Any = schema
+    for part in loc[:-1]:
+        if isinstance(current, type) and issubclass(current, BaseModel) and part in current.model_fields:
+            current = _inner_schema(current.model_fields[str(part)].annotation)
+        elif not (isinstance(part, int) or current is not None):
+            return []
+    return list(current.model_fields) if isinstance(current, type) and issubclass(current, BaseModel) else []
+
+
+def _inner_schema(annotation: Any) -> Any:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    for arg in getattr(annotation, "__args__", ()):
+        inner = _inner_schema(arg)
+        if inner is not None:
+            return inner
+    return None
+
+
+def load(schema: type[S], path: Path | str, overrides: Sequence[str] = ()) -> S:
+    """Return a YAML file, with overrides applied, as a ``schema``."""
+    return validate(schema, apply_overrides(read_yaml(path), overrides), str(path))
+
+
+def dump(config: Schema) -> str:
+    """Return the resolved configuration as YAML."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)

@@ -1,0 +1,68 @@
+"""Schema of the potential: backbone, conditioning, heads."""
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from mffm.config.base import Schema
+
+
+class DensityConfig(Schema):
+    """The native density backbone."""
+
+    cutoff: float = Field(5.0, gt=0, description="Å")
+    lmax: int = Field(2, ge=0, le=4, description="highest degree of the spherical harmonics of an edge")
+    l_message: int = Field(1, ge=0, le=3, description="highest degree of the features that a sender sends")
+    layers: int = Field(2, ge=1, le=12)
+    channels: int = Field(64, ge=1)
+    edge_channels: int = Field(32, ge=1, description="channels of an edge: the sender's features are projected to these")
+    n_radial: int = Field(8, ge=2, description="Bessel functions")
+    radial_hidden: int = Field(64, ge=1, description="width of the radial trunk shared by all layers")
+    body_order: int = Field(3, ge=2, le=4, description="2: density; 3: its square; 4: its cube; on atoms, channel by channel")
+    ff_expansion: int = Field(2, ge=1, le=8)
+    envelope_power: int = Field(6, ge=3, description="p of the polynomial envelope")
+
+    @model_validator(mode="after")
+    def _checks(self) -> "DensityConfig":
+        if self.l_message > self.lmax:
+            raise ValueError(f"l_message {self.l_message} is above lmax {self.lmax}")
+        return self
+
+
+class ConditioningConfig(Schema):
+    """How the fidelity enters the backbone."""
+
+    kind: Literal["none", "onehot", "embedding", "film"] = "none"
+    dim: int = Field(16, ge=1, description="length of the learned vector (embedding, film)")
+    zero_init: bool = Field(True, description="start every fidelity at the common model; false: random, as SevenNet does from scratch")
+
+
+class HeadsConfig(Schema):
+    """How features become atom energies."""
+
+    kind: Literal["shared", "independent", "delta"] = "shared"
+    hidden: list[int] = Field(default_factory=lambda: [64], description="widths of the MLP; empty for a linear head")
+    base: str | None = Field(None, description="delta: the fidelity whose head the corrections are added to")
+    init_from: dict[str, str] = Field(default_factory=dict, description="independent: fidelity → fidelity whose head it starts as a copy of")
+
+    @model_validator(mode="after")
+    def _checks(self) -> "HeadsConfig":
+        if self.kind == "delta" and self.base is None:
+            raise ValueError("delta heads need `base`, the fidelity whose head the corrections are added to")
+        if self.kind != "delta" and self.base is not None:
+            raise ValueError(f"`base` belongs to delta heads; these are {self.kind}")
+        if self.init_from and self.kind != "independent":
+            raise ValueError(f"`init_from` belongs to independent heads; these are {self.kind}")
+        return self
+
+
+class ModelConfig(Schema):
+    """The potential of a run."""
+
+    backbone: DensityConfig = DensityConfig()
+    conditioning: ConditioningConfig = ConditioningConfig()
+    heads: HeadsConfig = HeadsConfig()
+    init_from: dict[str, str] = Field(
+        default_factory=dict,
+        description="fine-tuning: new fidelity → fidelity of the release that its head, conditioning row and references start from",
+    )

@@ -1,0 +1,163 @@
+"""Schema of a recipe: the YAML of one run."""
+
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from mffm.config.base import Schema
+from mffm.config.model import ModelConfig
+from mffm.keys import Property
+
+
+class PoolConfig(Schema):
+    """The (frame, fidelity) pairs of one fidelity: the unit of mixing."""
+
+    fidelity: str = Field(min_length=1)
+    source: str | None = Field(None, description="only frames of this source; all where not given")
+    split: str = "train"
+    properties: list[Property] = Field(default_factory=lambda: ["energy", "forces"], min_length=1, description="labels that the loss uses")
+    max_frames: int | None = Field(None, ge=1, description="use only so many frames, chosen by a hash of the seed: nested for growing numbers")
+    seed: int = Field(0, description="of the choice of max_frames")
+    weight: float | None = Field(None, gt=0, description="share of the draws; without it the temperature decides")
+
+
+class PlanConfig(Schema):
+    """What a step reads. The global batch depends on nothing else, above all not on the number of ranks."""
+
+    pools: list[PoolConfig] = Field(min_length=1)
+    temperature: float = Field(1.0, ge=1.0, description="share of a pool ∝ size^(1/temperature): 1 proportional, large uniform")
+    paired: bool = Field(False, description="draw a frame at all its fidelities together")
+    edge_budget: int = Field(ge=1, description="edges of the global batch")
+    atom_budget: int | None = Field(None, ge=1, description="atoms of the global batch")
+    edges_per_microbatch: int | None = Field(None, ge=1, description="edges that fit a device; None: one microbatch a step")
+    oversize: Literal["error", "single", "skip"] = Field("error", description="a frame over the budget: stop, be a batch of its own, be left out")
+
+
+class DataSection(Schema):
+    """Where the frames come from."""
+
+    store: str = Field(min_length=1)
+    fingerprint: str | None = Field(None, description="the store's fingerprint; another one is an error")
+    plan: PlanConfig
+    validation_split: str = "val"
+    validation_max_frames: int | None = Field(None, ge=1)
+
+
+class ReferencesConfig(Schema):
+    """Element references, per fidelity."""
+
+    method: Literal["auto", "fit", "paired"] = Field(
+        "auto", description="fit: ridge on the fidelity's own labels; paired: the anchor's plus a fit of the paired residual; auto: paired where the fit is too small"
+    )
+    anchor: str | None = Field(None, description="fidelity that `paired` builds on; None: the one with the most labels")
+    given: dict[str, dict[str, float]] = Field(default_factory=dict, description="fidelity → element symbol → eV; not fitted")
+
+
+class TermConfig(Schema):
+    """One property in the loss."""
+
+    weight: float = Field(1.0, ge=0)
+    form: Literal["mae", "mse", "huber", "l2norm"] = Field("huber", description="l2norm: length of the error vector of an atom's force")
+    delta: float = Field(0.01, gt=0, description="huber: where quadratic becomes linear, in the property's unit (energy: eV/atom)")
+
+
+class LossConfig(Schema):
+    """Weighted sums over live labels, divided once by a global count."""
+
+    energy: TermConfig = TermConfig()
+    forces: TermConfig = TermConfig()
+    stress: TermConfig = TermConfig()
+    weights: dict[str, dict[Property, float]] = Field(default_factory=dict, description="fidelity → property → factor on its labels")
+    normalisation: Literal["pooled", "per_fidelity", "expected"] = Field(
+        "pooled", description="divide by the count of a property over all fidelities, of each (fidelity, property), or by the plan's mean count of each"
+    )
+
+    @model_validator(mode="after")
+    def _checks(self) -> "LossConfig":
+        for name in ("energy", "stress"):
+            if getattr(self, name).form == "l2norm":
+                raise ValueError(f"{name}: l2norm is the length of a force error; use mae, mse or huber")
+        return self
+
+
+class OptimConfig(Schema):
+    """AdamW with warm-up and a cosine."""
+
+    lr: float = Field(2e-3, gt=0)
+    final_lr_fraction: float = Field(0.01, ge=0, le=1)
+    warmup_steps: int = Field(100, ge=0)
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(1e-3, ge=0)
+    clip: float = Field(10.0, gt=0, description="global gradient norm")
+    ema_decay: float = Field(0.995, ge=0, lt=1)
+
+
+class TrainSection(Schema):
+    """How long, how often, how good."""
+
+    steps: int = Field(ge=1)
+    validate_every: int = Field(200, ge=1)
+    save_every: int = Field(200, ge=1)
+    keep: int = Field(2, ge=1, description="checkpoints kept besides the best")
+    best: str = Field("val/loss", description="metric that decides the best weights, e.g. val/pbe/forces_mae; the smaller the better")
+    patience: int | None = Field(None, ge=1, description="validations without a better one before the run stops")
+    dtype: Literal["float32", "float64"] = "float32"
+    threads: int | None = Field(None, ge=1, description="CPU threads of a rank; None: torch's default")
+    log_every: int = Field(20, ge=1)
+
+
+class DeepSpeedSection(Schema):
+    """What of DeepSpeed the recipe chooses; the rest of its JSON is generated."""
+
+    zero_stage: Literal[0, 1, 2] = Field(0, description="0: replicated; 1: optimiser state sharded; 2: and gradients")
+    overrides: dict[str, Any] = Field(default_factory=dict, description="merged over the generated JSON, for experts")
+
+
+class LogSection(Schema):
+    """Where metrics go besides metrics.jsonl."""
+
+    wandb: Literal["auto", "online", "offline", "off"] = Field("auto", description="auto: online with a login, else offline")
+    project: str = "mffm"
+    group: str | None = None
+
+
+class Recipe(Schema):
+    """The YAML of one run."""
+
+    name: str = Field(min_length=1, pattern=r"^[A-Za-z0-9._-]+$")
+    run: str | None = Field(None, description="folder of the run; None: runs/<name>")
+    seed: int = 0
+    start_from: str | None = Field(None, description="release or run whose weights the run starts from (fine-tuning)")
+    data: DataSection
+    references: ReferencesConfig = ReferencesConfig()
+    model: ModelConfig = ModelConfig()
+    loss: LossConfig = LossConfig()
+    optim: OptimConfig = OptimConfig()
+    train: TrainSection
+    deepspeed: DeepSpeedSection = DeepSpeedSection()
+    log: LogSection = LogSection()
+
+    @model_validator(mode="after")
+    def _checks(self) -> "Recipe":
+        fidelities = self.fidelities
+        named = {
+            "loss.weights": set(self.loss.weights),
+            "references.given": set(self.references.given),
+            "model.heads.init_from": set(self.model.heads.init_from) | set(self.model.heads.init_from.values()),
+            "model.heads.base": {self.model.heads.base} - {None},
+        }
+        for place, names in named.items():
+            for name in names:
+                if name not in fidelities:
+                    raise ValueError(f"{place} names fidelity {name!r}, which no pool has; pools have: {', '.join(fidelities)}")
+        return self
+
+    @property
+    def fidelities(self) -> list[str]:
+        """Fidelities of the pools, in the order of their first pool."""
+        return list(dict.fromkeys(pool.fidelity for pool in self.data.plan.pools))
+
+    @property
+    def run_folder(self) -> str:
+        return self.run or f"runs/{self.name}"
