@@ -77,3 +77,14 @@ class Batch:
     def with_fidelity(self, fidelity_idx: Tensor) -> "Batch":
         """Return the same systems asked at other fidelities."""
         return replace(self, fidelity_idx=fidelity_idx)
+
+
+def reference_energy(batch: Batch, table: Tensor) -> Tensor:
+    """Return the energy of the element references of each system. [n_systems] float64, eV
+
+    Args:
+        table: [n_fidelities, N_ELEMENTS + 1] float64, eV. Kept in float64 and added outside of the model: all-electron
+            energies are about 1e4 eV, of which float32 resolves 1 meV.
+    """
+    per_atom = table[batch.fidelity_idx[batch.system_idx], batch.atomic_numbers]
+    return per_atom.new_zeros(batch.n_systems).index_add(0, batch.system_idx, per_atom)

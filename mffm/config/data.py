@@ -36,7 +36,7 @@ class LabelSpec(Schema):
 class SourceSpec(Schema):
     """One data set as published."""
 
-    name: str = Field(min_length=1)
+    name: str = Field(min_length=1, pattern=r"^[\w.+-]+$", description="letters, digits, _ . + -; also names a folder")
     path: str | list[str] = Field(description="file, glob or list of them, relative to the data YAML; ${NAME} is an environment variable")
     reader: Literal["auto", "extxyz", "ase", "ase_db"] = "auto"
     length_unit: LengthUnit = "Angstrom"
@@ -94,7 +94,8 @@ class DataConfig(Schema):
     cutoffs: list[float] = Field(default_factory=list, description="Å; edges are counted for these at ingest")
     duplicates: Literal["merge", "error", "skip"] = Field(
         "merge",
-        description="a structure seen again: merge its labels where they do not contradict each other, stop, or keep the first",
+        description="a structure seen again: merge its labels where they do not contradict each other; error: stop where it repeats a label; "
+        "skip: leave the frame out where it repeats a label",
     )
     min_distance: float = Field(0.3, gt=0, description="Å; frames with closer atoms are rejected")
     on_reject: Literal["continue", "stop"] = Field("continue", description="a bad frame is reported and left out, or stops the ingest")

@@ -102,7 +102,6 @@ class TrainSection(Schema):
     keep: int = Field(2, ge=1, description="checkpoints kept besides the best")
     best: str = Field("val/loss", description="metric that decides the best weights, e.g. val/pbe/forces_mae; the smaller the better")
     patience: int | None = Field(None, ge=1, description="validations without a better one before the run stops")
-    dtype: Literal["float32", "float64"] = "float32"
     threads: int | None = Field(None, ge=1, description="CPU threads of a rank; None: torch's default")
     log_every: int = Field(20, ge=1)
 

@@ -1,0 +1,212 @@
+"""The command line. Heavy parts are imported by the command that needs them, so that ``mffm --help`` answers at once."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from mffm import __version__
+from mffm.errors import InputError
+
+app = typer.Typer(
+    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="Train interatomic potentials on labels of several levels of theory."
+)
+console = Console()
+
+EXIT_INPUT = 2
+EXIT_INTERRUPTED = 75  # EX_TEMPFAIL: saved, to be resumed
+
+StoreArgument = Annotated[Path, typer.Argument(help="folder of a store")]
+
+
+@app.callback(invoke_without_command=True)
+def _root(version: Annotated[bool, typer.Option("--version", help="show the version")] = False) -> None:
+    if version:
+        typer.echo(f"mffm {__version__}")
+        raise typer.Exit
+
+
+@app.command()
+def ingest(
+    config: Annotated[Path, typer.Argument(help="data YAML")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="key.key=value")] = None,
+    store: Annotated[Path | None, typer.Option(help="folder of the store, instead of the YAML's")] = None,
+    add_labels: Annotated[str | None, typer.Option(help="add the YAML's labels as a layer of this name to a store that exists")] = None,
+) -> None:
+    """Read labelled structures into a store of sharded LMDB."""
+    from mffm.config.base import load
+    from mffm.config.data import DataConfig
+    from mffm.data import ingest as ingest_module
+
+    data = load(DataConfig, config, overrides or [])
+    if add_labels is None:
+        report = ingest_module.ingest(data, config.parent, store)
+    else:
+        report = ingest_module.add_labels(store or Path(data.store), data, config.parent, add_labels)
+    console.print(report.summary(), highlight=False, markup=False)
+
+
+@app.command()
+def edges(
+    store: StoreArgument,
+    cutoff: Annotated[float, typer.Option(help="Å")],
+    workers: Annotated[int, typer.Option(help="processes")] = 1,
+) -> None:
+    """Count the edges of every frame within a cutoff; a run needs the counts of its own."""
+    from mffm.data.store import count_edges
+
+    path = count_edges(store, cutoff, workers)
+    console.print(f"edges within {cutoff:g} Å: {path}", highlight=False)
+
+
+@app.command()
+def verify(store: StoreArgument) -> None:
+    """Check every file of a store against its SHA-256."""
+    from mffm.data.store import Store
+
+    opened = Store(store)
+    opened.verify()
+    console.print(f"{store}: {opened.n_frames:,} frames, all files whole, fingerprint {opened.fingerprint}", highlight=False)
+
+
+@app.command()
+def references(
+    store: StoreArgument,
+    split: Annotated[str, typer.Option(help="split to fit on")] = "train",
+    report: Annotated[bool, typer.Option("--report", help="with rank, condition and coverage")] = False,
+    anchor: Annotated[str | None, typer.Option(help="fidelity that the paired fits build on")] = None,
+) -> None:
+    """Fit the element references of every fidelity and show how well they are determined."""
+    import numpy as np
+    from ase.data import chemical_symbols
+
+    from mffm.config.recipe import ReferencesConfig
+    from mffm.data import references as module
+    from mffm.data.store import Store
+
+    opened = Store(store)
+    names = opened.fidelities.names
+    rows = {name: opened.rows(split=split, fidelity=name) for name in names}
+    fitted = module.fit(opened, names, rows, ReferencesConfig(anchor=anchor))
+    if report:
+        console.print(fitted.report_markdown(), highlight=False, markup=False)
+        return
+    table = Table("element", *names, title="element references, eV")
+    values = fitted.array(names)
+    for z in np.flatnonzero(~np.isnan(values).all(axis=0)):
+        table.add_row(chemical_symbols[z], *("none" if np.isnan(v) else f"{v:.4f}" for v in values[:, z]))
+    console.print(table)
+
+
+@app.command()
+def train(
+    recipe: Annotated[Path, typer.Argument(help="recipe YAML")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="key.key=value, e.g. train.steps=2000")] = None,
+) -> None:
+    """Train a potential. On several ranks: torchrun --nproc-per-node N -m mffm train recipe.yaml"""
+    from mffm.config.base import load
+    from mffm.config.recipe import Recipe
+
+    loaded = load(Recipe, recipe, overrides or [])
+    from mffm.training import loop
+
+    _finish(loop.train(loaded))
+
+
+@app.command()
+def resume(run: Annotated[Path, typer.Argument(help="folder of the run")]) -> None:
+    """Go on with a run from its newest checkpoint."""
+    from mffm.training import loop
+
+    _finish(loop.resume(run))
+
+
+def _finish(outcome: "object") -> None:
+    from mffm.distributed import ranks_from_environment, stop
+    from mffm.training.loop import Outcome
+
+    assert isinstance(outcome, Outcome)
+    stop()
+    if ranks_from_environment().is_main:
+        for metric, best in outcome.best.items():
+            console.print(f"best {metric}: {best['value']:.4f} at step {int(best['step'])}", highlight=False)
+        if outcome.ended == "interrupted":
+            console.print(f"interrupted and saved; go on with: mffm resume {outcome.run}", highlight=False)
+        else:
+            console.print(f"run: {outcome.run}", highlight=False)
+    if outcome.ended == "interrupted":
+        raise typer.Exit(EXIT_INTERRUPTED)
+
+
+@app.command()
+def evaluate(
+    potential: Annotated[Path, typer.Argument(help="folder of a run or a release")],
+    split: Annotated[str, typer.Option(help="split of the store")] = "test",
+    store: Annotated[Path | None, typer.Option(help="store; the one the run was trained on where not given")] = None,
+    fidelity: Annotated[list[str] | None, typer.Option(help="fidelity to compare with; may be given several times")] = None,
+    weights: Annotated[str, typer.Option(help="of a run: best, best-<fidelity>, last, raw")] = "best",
+    output: Annotated[Path | None, typer.Option(help="folder for the JSON and the plot; the run's or release's own where not given")] = None,
+) -> None:
+    """Measure errors per fidelity and property on a split; write JSON and a parity plot."""
+    from mffm.data.store import Store
+    from mffm.distributed import tune_allocator
+    from mffm.evaluate import parity
+    from mffm.release import load
+
+    tune_allocator()
+    loaded = load(potential, weights)
+    path = store or Path(loaded.spec.provenance.get("recipe", {}).get("data", {}).get("store", ""))
+    opened = Store(path)
+    result = parity.evaluate(loaded, opened, split, fidelity)
+    report, figure = parity.write(result, loaded, opened, output or potential)
+    console.print(_errors_table(f"{potential} on {split}", result.rows()))
+    for name, count in result.unreferenced.items():
+        console.print(f"{name}: {count} energies left out, their elements have no references at this fidelity", highlight=False)
+    console.print(f"{report}\n{figure}", highlight=False)
+
+
+def _errors_table(title: str, rows: "list[dict]") -> Table:
+    table = Table("fidelity", "property", "MAE", "RMSE", "R²", "unit", "systems", title=title)
+    for row in rows:
+        r2 = "" if row["r2"] is None else f"{row['r2']:.4f}"
+        table.add_row(row["fidelity"], row["property"], f"{row['mae']:.1f}", f"{row['rmse']:.1f}", r2, row["unit"], str(row["n_systems"]))
+    return table
+
+
+@app.command()
+def release(
+    run: Annotated[Path, typer.Argument(help="folder of the run")],
+    folder: Annotated[Path, typer.Argument(help="folder of the release")],
+    weights: Annotated[str, typer.Option(help="best, best-<fidelity>, last, raw")] = "best",
+) -> None:
+    """Write a release: safetensors, JSON and a card."""
+    from mffm.release import save
+
+    path = save(run, folder, weights)
+    size = sum(p.stat().st_size for p in path.iterdir()) / 1e6
+    console.print(f"{path}: {size:.1f} MB, {', '.join(sorted(p.name for p in path.iterdir()))}", highlight=False)
+
+
+def main() -> None:
+    """Run the command line; bad input is one message and exit code 2."""
+    try:
+        app()
+    except InputError as error:
+        _complain(str(error))
+    except OSError as error:
+        if error.errno is None:
+            raise
+        _complain(f"{error.filename or ''}: {error.strerror}")
+
+
+def _complain(message: str) -> None:
+    sys.stdout.flush()
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    sys.exit(EXIT_INPUT)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Data: source files → store → plan → batches."""

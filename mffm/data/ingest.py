@@ -1,0 +1,498 @@
+"""Ingest: source files → a store, streamed, in parallel, resumable, every frame checked."""
+
+import hashlib
+import json
+import os
+import re
+import sys
+import time
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from glob import glob
+from itertools import islice
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import lmdb
+import numpy as np
+
+from mffm.config.data import DataConfig, SourceSpec, SplitSpec
+from mffm.data import records
+from mffm.data.checks import frame_fault
+from mffm.data.edges import count_edges
+from mffm.data.finish import finish
+from mffm.data.identity import geometry_hash, lookup_keys
+from mffm.data.readers import READERS, reader_name, wanted
+from mffm.data.readers.chunk import Chunk
+from mffm.data.readers.convert import RejectedFrame, Wanted
+from mffm.data.report import IngestReport, count_reason, finish_report, saved_report
+from mffm.data.staging import Item, Staging, open_or_explain
+from mffm.data.store import NO_CHARGE, Store
+from mffm.errors import InputError, known
+from mffm.fidelity import Fidelity, FidelityTable
+
+_MOST_KEYS = 500  # names of values kept per source, for messages
+COMMIT_FRAMES = 4096  # a kill loses at most this many frames' work
+
+
+class Work(NamedTuple):
+    """One file to be read."""
+
+    source: int
+    path: Path
+    reader: str
+
+
+class Settings(NamedTuple):
+    """What a worker needs besides the chunk; the same for all chunks of a source."""
+
+    reader: str
+    want: Wanted
+    fidelities: tuple[str, ...]
+    min_distance: float
+
+
+def source_files(source: SourceSpec, base: Path) -> list[Path]:
+    """Return the files of a source, globs sorted.
+
+    Raises:
+        InputError: no such file, an empty glob, or an environment variable that is not set.
+    """
+    files: list[Path] = []
+    for pattern in [source.path] if isinstance(source.path, str) else source.path:
+        expanded = os.path.expandvars(pattern)
+        unset = re.search(r"\$\{?(\w+)", expanded)
+        if unset:
+            raise InputError(f"source {source.name!r}: {pattern}: the environment variable {unset[1]} is not set")
+        path = str(base / Path(expanded).expanduser())
+        found = sorted(glob(path, recursive=True)) if any(c in path for c in "*?[") else [path]
+        found = [f for f in found if Path(f).is_file()]
+        if not found:
+            raise InputError(f"source {source.name!r}: {path}: no such file; correct `path` in the data YAML")
+        files += [Path(f) for f in found]
+    return files
+
+
+def _file_digest(path: Path) -> str:
+    """Return a hash of a file: of everything up to 64 MiB, of 64 blocks spread over it beyond (reading TBs takes
+    hours).
+    """
+    size = path.stat().st_size
+    digest = hashlib.sha256(str(size).encode())
+    block = 1 << 20
+    with path.open("rb") as file:
+        if size <= 64 * block:
+            digest.update(file.read())
+        else:
+            for i in range(64):
+                file.seek((size - block) * i // 63)
+                digest.update(file.read(block))
+    return digest.hexdigest()
+
+
+def _config_hash(config: DataConfig, work: list[Work]) -> str:
+    """Return a hash of what decides the store's content; speed and edge counts do not."""
+    content = config.model_dump(mode="json", exclude={"store", "workers", "cutoffs"})
+    files = [[w.source, w.path.name, _file_digest(w.path)] for w in work]
+    return hashlib.sha256(json.dumps([content, files], sort_keys=True).encode()).hexdigest()
+
+
+def process(chunk: Chunk, settings: Settings) -> tuple[list[Item | RejectedFrame], set[str]]:
+    """Parse, check and pack the frames of a chunk; runs in any process."""
+    parsed = READERS[settings.reader].parse(chunk, settings.want)
+    number = {name: k for k, name in enumerate(settings.fidelities)}
+    items: list[Item | RejectedFrame] = []
+    for i, frame in enumerate(parsed.frames):
+        if isinstance(frame, RejectedFrame):
+            items.append(frame)
+            continue
+        fault = frame_fault(frame, settings.min_distance)
+        if fault:
+            items.append(RejectedFrame(chunk.path, chunk.first + i, fault, settings.want.source))
+            continue
+        geometry = (frame.atomic_numbers, frame.positions, frame.cell, frame.pbc)
+        name = geometry_hash(*geometry, charge=frame.charge)
+        frame_id = frame.frame_id or name.hex()
+        labels = records.pack_labels({(number[f], p): v for (f, p), v in frame.labels.items()}, frame.n_atoms)
+        items.append(
+            Item(
+                number=chunk.first + i,
+                record=records.pack_geometry(*geometry, frame_id),
+                n_atoms=frame.n_atoms,
+                frame_id=frame_id,
+                key=frame.frame_id,
+                group=frame.group,
+                split=frame.split,
+                charge=NO_CHARGE if frame.charge is None else frame.charge,
+                spin=frame.spin_multiplicity or 0,
+                geometry_hash=name,
+                lookup=lookup_keys(*geometry),
+                labels=labels,
+                present=records.LABEL_HEADER.unpack_from(labels)[2],
+            )
+        )
+    return items, parsed.keys
+
+
+class Splitter:
+    """Names the split of a structure; a pure function of the structure (or its group), never of its labels or its
+    row.
+    """
+
+    def __init__(self, spec: SplitSpec, names: list[str]):
+        self.spec = spec
+        self.names = names  # grows with the names that the source gives
+        for name in [*spec.fractions, *spec.holdout]:
+            if name not in names:
+                names.append(name)
+        self._holdout = {group: split for split, groups in spec.holdout.items() for group in groups}
+        self._edges = np.cumsum(list(spec.fractions.values()))
+        self._fraction_names = list(spec.fractions)
+
+    def split(self, given: str, group: str, geometry: bytes) -> int:
+        name = given or self._holdout.get(group, "")
+        if not name:
+            unit = group.encode() if self.spec.by == "group" else geometry
+            digest = hashlib.blake2b(unit, digest_size=8, salt=b"%d" % self.spec.seed).digest()
+            u = int.from_bytes(digest, "little") / 2**64
+            name = self._fraction_names[min(int(np.searchsorted(self._edges, u, "right")), len(self._edges) - 1)]
+        if name not in self.names:
+            if len(self.names) == 255:
+                raise InputError(
+                    f"splits.key: more than 255 splits, the last {name!r}; name an info key with few values"
+                )
+            self.names.append(name)
+        return self.names.index(name)
+
+
+def ingest(config: DataConfig, base: Path, store: Path | None = None, progress: bool = True) -> IngestReport:
+    """Read, check and store every frame of the sources.
+
+    Running it again after it was killed goes on where it stopped and ends with the same fingerprint; running it again
+    when it is complete does nothing.
+
+    Args:
+        config: the data YAML.
+        base: folder that relative source paths start from (the folder of the YAML).
+        store: folder of the store instead of ``config.store``.
+        progress: show a bar, or lines where the output is not a terminal.
+
+    Raises:
+        InputError: a source that cannot be read or has no such label, another store in the folder, a full disk.
+    """
+    folder = Path(store if store is not None else config.store)
+    try:
+        return _ingest(config, Path(base), folder, progress)
+    except BrokenProcessPool as error:
+        raise InputError(
+            f"{folder}: a worker process ended unexpectedly (out of memory?); what was read is kept: "
+            f"run the same command again, with fewer than workers: {config.workers}"
+        ) from error
+    except (OSError, lmdb.Error) as error:
+        explained = records.disk_error(error, folder)
+        if explained is None:
+            raise
+        raise explained from error
+
+
+def _ingest(config: DataConfig, base: Path, folder: Path, progress: bool) -> IngestReport:
+    started = time.monotonic()
+    work = [
+        Work(k, path, reader_name(path, source.reader))
+        for k, source in enumerate(config.sources)
+        for path in source_files(source, base)
+    ]
+    settings = [
+        Settings(
+            w.reader,
+            wanted(config.sources[w.source], config.splits.key),
+            fidelities_of(config, w.source),
+            config.min_distance,
+        )
+        for w in work
+    ]
+    config_hash = _config_hash(config, work)
+    if (folder / "manifest.json").is_file() and not (folder / "staging.lmdb").is_file():
+        existing = Store(folder)
+        if existing.manifest["config_hash"] != config_hash:
+            raise InputError(
+                f"{folder}: holds a store of another data YAML or of other source files; "
+                "name another `store`, or delete the folder and ingest again"
+            )
+        count_missing(existing, config)
+        return saved_report(existing)
+    layers = [list(fidelities_of(config, k)) for k in range(len(config.sources))]
+    with open_or_explain(folder, config.shard_frames, layers, _new_state(config, config_hash)) as staging:
+        if staging.state["config_hash"] != config_hash:
+            raise InputError(
+                f"{folder}: holds an unfinished ingest of another data YAML or of other source files; "
+                "name another `store`, or delete the folder and ingest again"
+            )
+        try:
+            _read_sources(staging, config, work, settings, progress)
+        except InputError:  # these sources with this YAML can never be finished
+            staging.discard()
+            raise
+        finish(staging, config, fidelity_table(config))
+        rejected = list(islice(staging.rejected(), 20))
+        result = Store(folder)
+        count_missing(result, config)
+        report = finish_report(result, config, staging.state, rejected, time.monotonic() - started)
+    staging.remove_working_files()
+    return report
+
+
+def count_missing(store: Store, config: DataConfig) -> None:
+    """Count edges for the cutoffs asked for that were not counted yet."""
+    for cutoff in config.cutoffs:
+        if not (store.path / "edges" / f"cutoff-{cutoff:g}.json").is_file():
+            count_edges(store.path, cutoff, config.workers)
+
+
+def fidelities_of(config: DataConfig, source: int) -> tuple[str, ...]:
+    """Return the fidelities that a source labels, in the order of the data YAML."""
+    labelled = config.sources[source].labels
+    names = tuple(name for name in config.fidelities if name in labelled)
+    if len(names) > records.MAX_FIDELITIES:
+        raise InputError(
+            f"source {config.sources[source].name!r}: {len(names)} fidelities; "
+            f"a source may label {records.MAX_FIDELITIES}: split it into two sources"
+        )
+    return names
+
+
+def _new_state(config: DataConfig, config_hash: str) -> dict[str, Any]:
+    return {
+        "config_hash": config_hash,
+        "file": 0,  # index into the list of files
+        "position": 0,  # where to go on in it
+        "frame": 0,  # index of the frame there
+        "n_rows": 0,
+        "n_groups": 0,
+        "n_rejected": 0,
+        "n_merged": 0,
+        "n_repeated_labels": 0,
+        "reasons": {},
+        "split_names": [],
+        "split_moves": [],
+        "split_moves_count": 0,
+        "empty_group": 0,
+        "geometry": [],
+        "layer_rows": [0] * len(config.sources),
+        "layer_shards": [[] for _ in config.sources],
+        "source_frames": [0] * len(config.sources),
+        "source_keys": [[] for _ in config.sources],
+        "label_counts": [{} for _ in config.sources],
+        "reading_done": False,
+    }
+
+
+def _read_sources(
+    staging: Staging, config: DataConfig, work: list[Work], settings: list[Settings], progress: bool
+) -> None:
+    """Bring every frame of every file into the working file, from where an earlier run stopped."""
+    state = staging.state
+    if state["reading_done"]:
+        return
+    splitter = Splitter(config.splits, state["split_names"])
+    meter = Meter(sum(w.path.stat().st_size for w in work), progress)
+    since_commit = 0
+    with run_chunks(config.workers) as run, meter:
+        for k in range(state["file"], len(work)):
+            if k > state["file"]:
+                _end_source(state, config, work, k)
+                state.update(file=k, position=0, frame=0)
+            done = sum(w.path.stat().st_size for w in work[:k])
+            reader = READERS[work[k].reader]
+            chunks = reader.chunks(work[k].path, settings[k].want, state["position"], state["frame"])
+            for chunk, (items, keys) in run(chunks, settings[k]):
+                known_keys = state["source_keys"][work[k].source]
+                known_keys += sorted(keys.difference(known_keys))[: _MOST_KEYS - len(known_keys)]
+                for item in items:
+                    _take(staging, item, config, work[k], splitter)
+                state["source_frames"][work[k].source] += chunk.n
+                state.update(position=chunk.next_position, frame=chunk.first + chunk.n)
+                since_commit += chunk.n
+                if since_commit >= COMMIT_FRAMES:
+                    staging.commit()
+                    since_commit = 0
+                meter.update(done + (chunk.next_position if work[k].reader == "extxyz" else 0), state)
+        _end_source(state, config, work, len(work))
+    if state["n_rows"] == 0:
+        staging.commit()
+        first = next(staging.rejected())
+        raise InputError(
+            f"no usable frame, {state['n_rejected']} rejected; the first: {first['file']}:{first['index']}: {first['reason']}"
+        )
+    state["reading_done"] = True
+    staging.commit()
+
+
+def _end_source(state: dict[str, Any], config: DataConfig, work: list[Work], k: int) -> None:
+    """After the last file of a source: every label that was asked for must have occurred.
+
+    Raises:
+        InputError: an empty source, or a key that no frame has; the message lists the keys that the files have.
+    """
+    source = work[k - 1].source
+    if k < len(work) and work[k].source == source:
+        return
+    spec = config.sources[source]
+    files = ", ".join(str(w.path) for w in work if w.source == source)
+    if state["source_frames"][source] == 0:
+        raise InputError(f"{files}: no frames; the source {spec.name!r} is empty: correct `path`, or leave it out")
+    keys = state["source_keys"][source]
+    for name in ("frame_key", "group_key", "charge_key", "spin_multiplicity_key"):
+        key = getattr(spec, name)
+        if key is not None and key not in keys and len(keys) < _MOST_KEYS and (name, key) != ("group_key", "formula"):
+            raise InputError(
+                f"{files}: no frame has the key {key!r} ({name} of source {spec.name!r}); keys found: {known(keys)}"
+            )
+    if k == len(work) and config.splits.key is not None:
+        every = {key for found in state["source_keys"] for key in found}
+        if config.splits.key not in every and len(every) < _MOST_KEYS:
+            raise InputError(f"no frame of any source has splits.key {config.splits.key!r}; keys found: {known(every)}")
+    for fidelity, properties in spec.labels.items():
+        for prop in properties:
+            key = spec.label(fidelity, prop).key
+            if key not in keys and not state["label_counts"][source].get(f"{fidelity} {prop}"):
+                raise InputError(
+                    f"{files}: no frame has the key {key!r} (labels.{fidelity}.{prop} of source {spec.name!r}); "
+                    f"keys found: {known(keys)}"
+                )
+
+
+def _take(staging: Staging, item: Item | RejectedFrame, config: DataConfig, work: Work, splitter: Splitter) -> None:
+    """Store one frame: as a new row, or as labels of a row that exists; or reject it."""
+    source = config.sources[work.source]
+    state = staging.state
+    if isinstance(item, RejectedFrame):
+        _reject(staging, item, config)
+        return
+    counts = state["label_counts"][work.source]
+    for k, fidelity in enumerate(staging.layers[work.source]):
+        for p, prop in enumerate(("energy", "forces", "stress")):
+            if item.present >> (3 * k + p) & 1:
+                counts[f"{fidelity} {prop}"] = counts.get(f"{fidelity} {prop}", 0) + 1
+    row = -1
+    if item.key:
+        row = staging.by_key(work.source, item.key)
+        if row >= 0 and source.pair_by == "key":
+            same = staging.is_same(row, item)
+            if not same:
+                reason = f"frame_key {item.key!r} names another structure as well (row {row}); make the keys unique"
+                _reject(staging, RejectedFrame(str(work.path), item.number, reason, source.name), config)
+                return
+    if row < 0 or source.pair_by == "geometry":
+        row = staging.same_structure(item)
+    split = splitter.split(item.split, item.group, item.geometry_hash)
+    if row < 0:
+        row = staging.add(item, work.source, split, source.name)
+        if source.group_key is not None and not item.group:
+            state["empty_group"] += 1
+        if item.present:
+            staging.put_labels(row, work.source, item.labels)
+        return
+    n_repeated, reason = staging.merge_labels(row, work.source, item, config.duplicates)
+    place = f"{work.path}:{item.number}"
+    if n_repeated and config.duplicates == "error":
+        raise InputError(
+            f"{place}: the same structure as row {row} with a label that it already has, and `duplicates: error`; "
+            "remove one of them, or choose merge or skip"
+        )
+    if reason:
+        _reject(staging, RejectedFrame(str(work.path), item.number, reason, source.name), config)
+        return
+    state["n_merged"] += 1
+    state["n_repeated_labels"] += n_repeated
+    if item.key:
+        staging.set_key(work.source, item.key, row)
+    if item.split:
+        first = staging.split_of(row)
+        if first != split:
+            state["split_moves_count"] += 1
+            if len(state["split_moves"]) < 20:
+                state["split_moves"].append(f"{place} ({item.split}; kept in {splitter.names[first]})")
+
+
+def _reject(staging: Staging, rejected: RejectedFrame, config: DataConfig) -> None:
+    if config.on_reject == "stop":
+        raise InputError(f"{rejected.origin}: {rejected.reason} (on_reject: stop)")
+    count_reason(staging.state["reasons"], rejected.reason)
+    staging.reject(rejected)
+
+
+class run_chunks:
+    """Runs ``process`` over chunks, in order: in this process, or in ``workers`` others with a bounded number under
+    way.
+    """
+
+    def __init__(self, workers: int):
+        self.workers = workers
+        self._executor: ProcessPoolExecutor | None = None
+
+    def __enter__(self) -> Any:
+        if self.workers > 1:
+            # spawn: a forked child would inherit the open LMDB file, and threads of a caller that uses torch.
+            self._executor = ProcessPoolExecutor(self.workers, mp_context=get_context("spawn"))
+        return self._run
+
+    def __exit__(self, *exception: object) -> None:
+        if self._executor is not None:
+            self._executor.shutdown(wait=True, cancel_futures=True)
+
+    def _run(self, chunks: Iterator[Chunk], settings: Settings) -> Iterator[tuple[Chunk, Any]]:
+        if self._executor is None:
+            for chunk in chunks:
+                yield chunk._replace(payload=None), process(chunk, settings)
+            return
+        pending: deque[tuple[Chunk, Future[Any]]] = deque()
+        for chunk in chunks:
+            pending.append((chunk._replace(payload=None), self._executor.submit(process, chunk, settings)))
+            if len(pending) > 3 * self.workers:
+                done, future = pending.popleft()
+                yield done, future.result()
+        for done, future in pending:
+            yield done, future.result()
+
+
+class Meter:
+    """A progress bar by bytes of the sources; plain lines where the output is not a terminal."""
+
+    def __init__(self, total: int, show: bool):
+        self.total = max(total, 1)
+        self.show = show
+        self._bar: Any = None
+        self._next_line = time.monotonic() + 10
+
+    def __enter__(self) -> "Meter":
+        if self.show:
+            from rich.console import Console
+            from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+            console = Console(stderr=True)
+            if console.is_terminal:
+                columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:.0f} %"))
+                self._bar = Progress(*columns, TimeRemainingColumn(), console=console)
+                self._task = self._bar.add_task("ingest", total=self.total)
+                self._bar.start()
+        return self
+
+    def update(self, done: int, state: dict[str, Any]) -> None:
+        text = f"{state['n_rows']} frames, {state['n_rejected']} rejected"
+        if self._bar is not None:
+            self._bar.update(self._task, completed=done, description=text)
+        elif self.show and time.monotonic() > self._next_line:
+            print(f"ingest: {100 * done // self.total} % of the sources, {text}", file=sys.stderr, flush=True)
+            self._next_line = time.monotonic() + 10
+
+    def __exit__(self, *exception: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+
+def fidelity_table(config: DataConfig) -> FidelityTable:
+    return FidelityTable(Fidelity(name, **spec.model_dump()) for name, spec in config.fidelities.items())

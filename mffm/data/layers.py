@@ -1,0 +1,230 @@
+"""Adding labels to a store: a new layer beside the old ones. Nothing that is there changes."""
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import lmdb
+import numpy as np
+
+from mffm.config.data import DataConfig
+from mffm.data import records
+from mffm.data.checks import conflict
+from mffm.data.finish import close_layer, save_columns, write_label_shards
+from mffm.data.identity import lookup_keys, same_geometry
+from mffm.data.ingest import Meter, Settings, Work, fidelities_of, fidelity_table, run_chunks, source_files
+from mffm.data.readers import READERS, reader_name, wanted
+from mffm.data.readers.convert import RejectedFrame
+from mffm.data.records import row_key
+from mffm.data.staging import MAP_BYTES, Item, digest16
+from mffm.data.store import NO_CHARGE, Store, combined_fingerprint
+from mffm.errors import InputError, known
+from mffm.fidelity import FidelityTable
+
+
+def add_labels(
+    store_path: str | Path, config: DataConfig, base: Path, layer_name: str, progress: bool = False
+) -> dict[str, int]:
+    """Append the labels of one source to the structures of a store as the layer ``layer_name``.
+
+    Frames find their row by ``frame_key`` (the store's frame id) or by geometry, as the source's ``pair_by`` says. A
+    frame that is not in the store, or that contradicts a label there, is left out and listed in the layer's
+    rejected.jsonl; a label that is there already is not stored again. Geometry, older layers and their fingerprints
+    stay.
+
+    Returns:
+        numbers of frames: ``rows`` that got labels, ``repeated``, ``rejected``.
+
+    Raises:
+        InputError: a layer of that name exists, another level of theory under a known fidelity, or no frame that fits.
+    """
+    store = Store(store_path)
+    if len(config.sources) != 1:
+        raise InputError(f"layer {layer_name!r}: the data YAML has {len(config.sources)} sources; a layer takes one")
+    if (
+        layer_name in [layer["name"] for layer in store.manifest["layers"]]
+        or not layer_name.replace("-", "_").isidentifier()
+    ):
+        names = known(layer["name"] for layer in store.manifest["layers"])
+        raise InputError(f"{store.path}: layer {layer_name!r} exists, or is not a name; layers: {names}")
+    fidelities = _extended(store, fidelity_table(config), fidelities_of(config, 0))
+    folder = store.path / "layers" / f".adding-{layer_name}"
+    shutil.rmtree(folder, ignore_errors=True)
+    try:
+        folder.mkdir(parents=True)
+        with _Matcher(store, folder, config) as matcher:
+            numbers = matcher.run(Path(base), progress)
+            entry = matcher.write(layer_name)
+        (folder / "match.lmdb").unlink()
+        for part in folder.glob("part-*.npz"):
+            part.unlink()
+        folder.rename(store.path / "layers" / layer_name)
+        _publish(store, fidelities, entry, config)
+    except (OSError, lmdb.Error) as error:
+        explained = records.disk_error(error, store.path)
+        if explained is None:
+            raise
+        raise explained from error
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    return numbers
+
+
+def _extended(store: Store, declared: FidelityTable, labelled: tuple[str, ...]) -> FidelityTable:
+    """Return the store's fidelities with the new ones at the end."""
+    table = store.fidelities
+    for name in labelled:
+        if name not in table:
+            table = table.appended(declared[name])
+        elif table[name].level_of_theory != declared[name].level_of_theory:
+            raise InputError(
+                f"fidelity {name!r} is {table[name].level_of_theory!r} in {store.path} and "
+                f"{declared[name].level_of_theory!r} here; energies may not be mixed: give the new one another name"
+            )
+    return table
+
+
+def _publish(store: Store, fidelities: FidelityTable, entry: dict[str, Any], config: DataConfig) -> None:
+    manifest = dict(store.manifest)
+    manifest["fidelities"] = fidelities.to_list()
+    manifest["layers"] = [*manifest["layers"], entry]
+    source = config.sources[0]
+    if source.name not in store.source_names:
+        described = {"name": source.name, "licence": source.licence, "citation": source.citation}
+        manifest["sources"] = [*manifest["sources"], described]
+    manifest["fingerprint"] = combined_fingerprint(
+        manifest["geometry_fingerprint"], [(layer["name"], layer["fingerprint"]) for layer in manifest["layers"]]
+    )
+    records.write_json(store.path / "manifest.json", manifest)
+
+
+class _Matcher:
+    """Finds the row of each frame and gathers its labels in a working file beside the layer."""
+
+    def __init__(self, store: Store, folder: Path, config: DataConfig):
+        self.store = store
+        self.folder = folder
+        self.config = config
+        self.source = config.sources[0]
+        self.fidelities = list(fidelities_of(config, 0))
+        self.environment = lmdb.open(
+            str(folder / "match.lmdb"), subdir=False, map_size=MAP_BYTES, max_dbs=2, lock=False, sync=False
+        )
+        self._labels = self.environment.open_db(b"labels")
+        self._identity = self.environment.open_db(b"identity", dupsort=True)
+        self.transaction = self.environment.begin(write=True)
+        self.by_geometry = self.source.pair_by == "geometry" or self.source.frame_key is None
+        if self.by_geometry:
+            for row in range(store.n_frames):
+                self.transaction.put(lookup_keys(*store.geometry(row))[0], row_key(row), db=self._identity)
+        else:
+            self._order = np.argsort(store.frame_hash[:, 0], kind="stable")
+            self._sorted = np.asarray(store.frame_hash[:, 0])[self._order]
+
+    def __enter__(self) -> "_Matcher":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.environment.close()
+
+    def row_of(self, item: Item) -> tuple[int, str]:
+        """Return the row of a frame, or -1 and the reason."""
+        geometry = records.unpack_geometry(item.record)
+        if self.by_geometry:
+            cursor = self.transaction.cursor(self._identity)
+            for key in item.lookup:
+                if cursor.set_key(key):
+                    for value in cursor.iternext_dup():
+                        row = int.from_bytes(value, "big")
+                        if same_geometry(geometry, self.store.geometry(row)) and self._same_charge(item, row):
+                            return row, ""
+            return -1, "no structure of the store has this geometry"
+        wanted_hash = np.frombuffer(digest16(item.key), "<u8")
+        at = int(np.searchsorted(self._sorted, wanted_hash[0]))
+        while at < len(self._sorted) and self._sorted[at] == wanted_hash[0]:
+            row = int(self._order[at])
+            if self.store.frame_hash[row, 1] == wanted_hash[1]:
+                if same_geometry(geometry, self.store.geometry(row)):
+                    return row, ""
+                return -1, f"frame_key {item.key!r} is row {row} of the store, but with another geometry"
+            at += 1
+        return -1, f"no structure of the store has the frame_key {item.key!r}"
+
+    def _same_charge(self, item: Item, row: int) -> bool:
+        charge = int(self.store.charge[row])
+        return NO_CHARGE in (item.charge, charge) or item.charge == charge
+
+    def run(self, base: Path, progress: bool) -> dict[str, int]:
+        """Match every frame of the source."""
+        files = source_files(self.source, base)
+        numbers = {"rows": 0, "repeated": 0, "rejected": 0}
+        first_reason = ""
+        with (self.folder / "rejected.jsonl").open("w") as rejected, Meter(len(files), progress) as meter:
+            for number, path in enumerate(files):
+                work = Work(0, path, reader_name(path, self.source.reader))
+                want = wanted(self.source)
+                settings = Settings(work.reader, want, tuple(self.fidelities), self.config.min_distance)
+                with run_chunks(self.config.workers) as run:
+                    for chunk, (items, _) in run(READERS[work.reader].chunks(path, want, 0, 0), settings):
+                        for item in items:
+                            reason = self._take(item, numbers)
+                            if reason:
+                                numbers["rejected"] += 1
+                                first_reason = first_reason or f"{chunk.path}: {reason}"
+                                rejected.write(records.json_line(file=chunk.path, index=item.number, reason=reason))
+                meter.update(number + 1, {"n_rows": numbers["rows"], "n_rejected": numbers["rejected"]})
+        if not numbers["rows"]:
+            raise InputError(
+                f"source {self.source.name!r}: no new label for {self.store.path}; {first_reason or 'all repeated'}"
+            )
+        self.transaction.commit()
+        return numbers
+
+    def _take(self, item: Item | RejectedFrame, numbers: dict[str, int]) -> str:
+        """Keep the labels of a frame that are new; return why it is rejected, or ""."""
+        if isinstance(item, RejectedFrame):
+            return item.reason
+        row, reason = self.row_of(item)
+        if row < 0:
+            return reason
+        new = records.unpack_all_labels(item.labels)
+        staged = self.transaction.get(row_key(row), db=self._labels)
+        known_labels = {} if staged is None else records.unpack_all_labels(staged)
+        for k, prop in list(new):
+            name = self.fidelities[k]
+            old = known_labels.get((k, prop))
+            if old is None and name in self.store.fidelities:
+                old = self.store.labels(row, name).get(prop)
+            if old is None:
+                continue
+            reason = conflict(prop, old, new[k, prop], item.n_atoms)
+            if reason:
+                return f"{name} {prop} {reason}"
+            del new[k, prop]
+            numbers["repeated"] += 1
+        if new:
+            numbers["rows"] += staged is None
+            self.transaction.put(row_key(row), records.pack_labels(known_labels | new, item.n_atoms), db=self._labels)
+        return ""
+
+    def write(self, name: str) -> dict[str, Any]:
+        """Write the layer into the folder; return its entry for the manifest."""
+        entries: list[dict[str, Any]] = []
+        parts: list[Path] = []
+
+        def after(first: bytes) -> Iterator[tuple[int, bytes]]:
+            with self.environment.begin() as transaction:
+                cursor = transaction.cursor(self._labels)
+                if cursor.set_range(first + b"\0") if first else cursor.first():
+                    for key, value in cursor.iternext():
+                        yield int.from_bytes(key, "big"), value
+
+        def done(entry: dict[str, Any], columns: dict[str, np.ndarray]) -> None:
+            parts.append(self.folder / f"part-{len(entries):05d}.npz")
+            save_columns(parts[-1], columns)
+            entries.append(entry)
+
+        shard_frames = self.store.manifest["shard_frames"]
+        write_label_shards(self.folder, after, entries, shard_frames, len(self.fidelities), done)
+        return close_layer(self.folder, name, self.source.name, self.fidelities, entries, parts)

@@ -1,0 +1,74 @@
+"""ASE databases: SQLite ``.db``, ``.json`` and, with the ase-db-backends package, LMDB ``.aselmdb`` (OMat24, OMol25).
+
+A label key is looked for in the row's own properties (energy, forces, stress, …), its key-value pairs and its ``data``.
+"""
+
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mffm.data.readers import ase as ase_reader
+from mffm.data.readers.chunk import CHUNK_FRAMES, Chunk
+from mffm.data.readers.convert import Wanted
+from mffm.errors import InputError
+
+parse = ase_reader.parse
+
+
+def _connect(path: Path) -> Any:
+    from ase.db import connect
+
+    if path.suffix == ".aselmdb":
+        try:
+            import ase_db_backends  # noqa: F401
+        except ImportError as error:
+            raise InputError(
+                f"{path}: .aselmdb needs the ase-db-backends package; pip install 'mffm[fairchem]'"
+            ) from error
+        return connect(str(path), type="aselmdb", readonly=True, use_lock_file=False)
+    return connect(str(path))
+
+
+def _plain(row: Any) -> tuple[Any, ...]:
+    info: dict[str, Any] = {}
+    arrays: dict[str, Any] = {}
+    values: dict[str, Any] = {}
+    for mapping in (row.data or {}, row.key_value_pairs or {}):
+        values.update(mapping)
+    for name in ("energy", "forces", "stress", "free_energy", "charge", "charges", "magmom", "magmoms", "dipole"):
+        value = row.get(name)
+        if value is not None:
+            values[name] = value
+    n = len(row.numbers)
+    for name, value in values.items():
+        if isinstance(value, list | tuple | np.ndarray) and np.shape(value) == (n, 3) and n != 3:
+            arrays[name] = np.asarray(value)
+        else:
+            info[name] = value
+    info.setdefault("id", row.id)
+    info.setdefault("unique_id", row.get("unique_id"))
+    return row.numbers, row.positions, np.asarray(row.cell), row.pbc, info, arrays
+
+
+def chunks(path: Path, want: Wanted, start: int = 0, first: int = 0) -> Iterator[Chunk]:
+    """Yield rows some at a time in the order of their ids, passing over the first ``start``."""
+    del want, first
+    try:
+        rows = _connect(path).select(sort="id") if path.suffix == ".db" else _connect(path).select()
+        index = start
+        rows = islice(rows, start, None)
+        while True:
+            frames = [_plain(row) for row in islice(rows, CHUNK_FRAMES)]
+            if not frames:
+                return
+            yield Chunk(str(path), index, len(frames), index + len(frames), frames)
+            index += len(frames)
+    except InputError:
+        raise
+    except Exception as error:  # backends raise anything
+        raise InputError(
+            f"{path}: not readable as an ASE database ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
+        ) from error

@@ -1,0 +1,147 @@
+"""Errors of a release or run on the labels of a store: per fidelity and property, with parity plots and JSON."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from mffm import plots
+from mffm.batch import reference_energy
+from mffm.data.store import Store
+from mffm.errors import InputError, known
+from mffm.keys import ENERGY, FORCES, PROPERTIES, REPORT_UNITS, STRESS
+from mffm.release import Loaded, systems_at, write_json
+
+
+@dataclass
+class Evaluation:
+    """Labels and predictions by (fidelity, property), and the table made from them.
+
+    Energies are per atom, the element references of the fidelity subtracted from both, in eV.
+    """
+
+    split: str
+    labels: dict[tuple[str, str], np.ndarray] = field(default_factory=dict)
+    predictions: dict[tuple[str, str], np.ndarray] = field(default_factory=dict)
+    n_systems: dict[tuple[str, str], int] = field(default_factory=dict)
+    unreferenced: dict[str, int] = field(default_factory=dict)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Return one row per fidelity and property: mae, rmse, bias in the report's units, R², number of systems."""
+        table = []
+        for key, label in self.labels.items():
+            unit, factor = REPORT_UNITS[key[1]]
+            error = self.predictions[key] - label
+            spread = float(np.square(label - label.mean()).sum())
+            table.append(
+                {
+                    "fidelity": key[0],
+                    "property": key[1],
+                    "unit": unit,
+                    "mae": float(np.abs(error).mean()) * factor,
+                    "rmse": float(np.sqrt(np.square(error).mean())) * factor,
+                    "bias": float(error.mean()) * factor,
+                    "r2": 1 - float(np.square(error).sum()) / spread if spread > 0 else None,
+                    "n_systems": self.n_systems[key],
+                }
+            )
+        return table
+
+    def panels(self) -> list[tuple[str, str, np.ndarray, np.ndarray]]:
+        units = {ENERGY: "eV/atom", FORCES: "eV/Å", STRESS: "eV/Å³"}
+        return [(f"{f} {p}", units[p], label, self.predictions[f, p]) for (f, p), label in self.labels.items()]  # type: ignore[index]
+
+
+def evaluate(
+    loaded: Loaded,
+    store: Store,
+    split: str,
+    fidelities: Sequence[str] | None = None,
+    predict_as: str | None = None,
+    references: np.ndarray | None = None,
+    device: torch.device | str = "cpu",
+    progress: Callable[[int], None] = lambda n: None,
+) -> Evaluation:
+    """Predict every labelled frame of a split and collect the errors.
+
+    Args:
+        fidelities: those whose labels are compared; None: all that the potential and the store share.
+        predict_as: ask the potential for this fidelity instead of the labels' own.
+        references: [N_ELEMENTS + 1] eV, with ``predict_as``: element references of the labels' fidelity for these
+            predictions, from ``release.refit_references``.
+        progress: called with the number of frames done.
+
+    Raises:
+        InputError: the potential lacks a fidelity, or no frame of the split has a label of any.
+    """
+    shared = [n for n in loaded.fidelities.names if n in store.fidelities]
+    names = list(fidelities) if fidelities else shared
+    for name in names:
+        store.fidelities.index(name)
+        loaded.fidelities.index(predict_as or name)
+    table = loaded.spec.reference_table(device)
+    if references is not None:
+        assert predict_as is not None
+        table[loaded.fidelities.index(predict_as)] = torch.as_tensor(references, device=device)
+    result = Evaluation(split)
+    for name in names:
+        rows = store.rows(split=split, fidelity=name)
+        asked = predict_as or name
+        parts: dict[str, tuple[list[np.ndarray], list[np.ndarray]]] = {p: ([], []) for p in PROPERTIES}
+        systems = dict.fromkeys(PROPERTIES, 0)
+        for batch in systems_at(loaded, store, rows, name, asked):
+            batch = batch.to(device)
+            has_stress = bool(batch.masks[STRESS].any())
+            prediction = loaded.potential(batch, forces=True, stress=has_stress)
+            reference = reference_energy(batch, table)
+            known_elements = ~reference.isnan()
+            lost = int((batch.masks[ENERGY] & ~known_elements).sum())
+            if lost:
+                result.unreferenced[name] = result.unreferenced.get(name, 0) + lost
+            for prop in PROPERTIES:
+                mask = batch.masks[prop] & (known_elements if prop == ENERGY else True)
+                if not mask.any():
+                    continue
+                systems[prop] += int(mask.sum())
+                value = getattr(prediction, prop)
+                label = batch.labels[prop]
+                if prop == ENERGY:
+                    value, label = (value / batch.n_atoms)[mask], ((label - reference) / batch.n_atoms)[mask]
+                else:
+                    entries = mask[batch.system_idx] if prop == FORCES else mask
+                    value, label = value[entries].flatten(), label[entries].flatten()
+                parts[prop][0].append(label.double().cpu().numpy())
+                parts[prop][1].append(value.double().cpu().numpy())
+            progress(batch.n_systems)
+        for prop, (label_parts, value_parts) in parts.items():
+            if label_parts:
+                result.labels[name, prop] = np.concatenate(label_parts)
+                result.predictions[name, prop] = np.concatenate(value_parts)
+                result.n_systems[name, prop] = systems[prop]  # type: ignore[index]
+    if not result.labels:
+        raise InputError(f"{store.path}: split {split!r} has no label of {known(names)}")
+    return result
+
+
+def write(evaluation: Evaluation, loaded: Loaded, store: Store, folder: Path) -> tuple[Path, Path]:
+    """Write ``evaluation-<split>.json`` and ``parity-<split>.png`` into a folder; return both paths."""
+    folder.mkdir(parents=True, exist_ok=True)
+    report = folder / f"evaluation-{evaluation.split}.json"
+    figure = folder / f"parity-{evaluation.split}.png"
+    write_json(
+        report,
+        {
+            "split": evaluation.split,
+            "potential": str(loaded.path),
+            "weights": loaded.weights,
+            "store": store.path.name,
+            "store_fingerprint": store.fingerprint,
+            "energies_without_references": evaluation.unreferenced,
+            "rows": evaluation.rows(),
+        },
+    )
+    plots.parity(figure, evaluation.panels())
+    return report, figure

@@ -1,0 +1,350 @@
+"""The native backbone: a density network with wide nodes and thin edges.
+
+Work per edge is linear in ``edge_channels``; every dense matrix product acts on atoms. In a layer, for atom i:
+
+1. density      A_i[l2 m2, l1 m1, c] = Σ_j Y[l2 m2](r_ij) R[l2, c](r_ij) h_j[l1 m1, c] / sqrt(avg_neighbors), summed
+                before any coupling; then Clebsch-Gordan coupling and a linear map over (path, channel);
+2. products     of the density with itself, channel by channel, up to ``body_order``, and a linear map; residual;
+3. feed-forward gated by the scalars; residual.
+
+Features are lists by degree l of tensors [2l + 1, n_atoms, C] with parity (-1)^l; only couplings with l1 + l2 + l3 even
+exist, so the network is exactly equivariant under rotations and reflections. The density line: ACE (Drautz 2019),
+MACE (Batatia 2022), GRACE (Bochkarev 2024); the order "sum, then couple" is MACE's density trick.
+"""
+
+from collections.abc import Mapping, Sequence
+from math import pi, sqrt
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mffm.batch import Batch
+from mffm.config.model import DensityConfig
+from mffm.keys import N_ELEMENTS
+from mffm.models.angular import Constant, coupling, natural_paths, spherical_harmonics
+from mffm.models.contraction import Bilinear, Square, gather_senders
+
+# Root mean square of silu(x) for x ~ N(0, 1) is 1 / 1.679: weights behind a silu start larger by this factor.
+SILU_GAIN = 1.679
+
+# Added to the mean square in every norm. It is of the size of a unit-variance feature: a norm compresses what is large
+# and is linear in what is small, so a degree that vanishes by symmetry, or the density of an atom whose last neighbor
+# leaves, is not blown up to unit size (which would make energies steep and Hessians wrong there).
+NORM_FLOOR = 1.0
+
+Modulation = tuple[Tensor | None, Tensor | None]
+
+
+class Backbone(Protocol):
+    """Features of atoms from edge vectors and a conditioning.
+
+    Attributes:
+        n_features: width of the output.
+        cutoff: Å; an edge of this length has no effect.
+        sites: name → width of the places where scalars accept a scale and a shift; "output" is the last.
+    """
+
+    n_features: int
+    cutoff: float
+    sites: dict[str, int]
+
+    def __call__(self, batch: Batch, edge_vectors: Tensor, modulations: Mapping[str, Modulation]) -> Tensor:
+        """Return invariant features [n_atoms, n_features]; modulations map sites to (scale, shift), [n_atoms, width]."""
+        ...
+
+    def site(self, name: str) -> tuple[nn.Parameter, nn.Parameter]:
+        """Return the weight [in, width] and bias [width] of the linear map whose output the site is; not for "output"."""
+        ...
+
+
+class EdgeBasis(NamedTuple):
+    """What depends on edge vectors alone; computed once per step.
+
+    Attributes:
+        harmonics: for each l, [n_atoms, 2l + 1, K].
+        radial: [n_atoms * K, radial_hidden], smooth functions of the distance times the envelope.
+    """
+
+    harmonics: list[Tensor]
+    radial: Tensor
+
+
+def envelope(x: Tensor, power: int) -> Tensor:
+    """Return the polynomial envelope of x = r / cutoff: 1 - O(x^power) at 0; 0 with two derivatives at 1, 0 beyond.
+
+    It is Gasteiger's (2020) polynomial in the form (1 - x)^3 Σ_{k<p} (k+1)(k+2)/2 x^k, which is exact near x = 1.
+    """
+    t = F.relu(1 - x)
+    series = torch.full_like(x, 0.5 * power * (power + 1))
+    for k in range(power - 2, -1, -1):
+        series = series * x + 0.5 * (k + 1) * (k + 2)
+    return t * t * t * series
+
+
+def bessel(x: Tensor, n: int) -> Tensor:
+    """Return sqrt(2/3) sin(k π x) / x for k = 1..n, [E, n]: unit mean square where neighbors are spread evenly in space."""
+    frequencies = pi * torch.arange(1, n + 1, dtype=x.dtype, device=x.device)
+    return torch.sin(x.unsqueeze(-1) * frequencies) * (sqrt(2 / 3) / x).unsqueeze(-1)
+
+
+def normal_parameter(*shape: int, fan_in: int, gain: float = 1.0) -> nn.Parameter:
+    return nn.Parameter(torch.randn(*shape) * (gain / sqrt(fan_in)))
+
+
+class DegreeLinear(nn.Module):
+    """One matrix for each degree: [2l + 1, N, inputs[l]] → [2l + 1, N, outputs[l]]; a bias on the scalars."""
+
+    def __init__(self, inputs: Sequence[int], outputs: Sequence[int], gain: float = 1.0, bias: bool = True):
+        super().__init__()
+        self.weights = nn.ParameterList(
+            normal_parameter(i, o, fan_in=i, gain=gain) for i, o in zip(inputs, outputs, strict=True)
+        )
+        self.bias = nn.Parameter(torch.zeros(outputs[0])) if bias else None
+
+    def forward(self, x: Sequence[Tensor], onto: Sequence[Tensor] | None = None) -> list[Tensor]:
+        """Return the maps of the first ``len(weights)`` degrees of ``x``, added to ``onto`` where given."""
+        out = []
+        for l, weight in enumerate(self.weights):
+            rows = x[l].reshape(-1, weight.shape[0])
+            bias = self.bias if l == 0 else None
+            if onto is not None:
+                y = torch.addmm(onto[l].reshape(-1, weight.shape[1]), rows, weight)
+                y = y if bias is None else y + bias
+            else:
+                y = rows @ weight if bias is None else torch.addmm(bias, rows, weight)
+            out.append(y.view(*x[l].shape[:2], weight.shape[1]))
+        return out
+
+
+class DegreeNorm(nn.Module):
+    """Root-mean-square norm of each degree over channels and m, with a floor and learned scales."""
+
+    def __init__(self, l_in: int, channels: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.full((l_in + 1, channels), sqrt(1 + NORM_FLOOR)))
+
+    def forward(self, x: Sequence[Tensor]) -> list[Tensor]:
+        return [
+            y * (y.square().mean(dim=(0, 2)) + NORM_FLOOR).rsqrt().unsqueeze(-1) * weight
+            for y, weight in zip(x, self.weight.unbind(0), strict=True)
+        ]
+
+
+def modulated(x: Tensor, modulation: Modulation | None) -> Tensor:
+    """Return x * (1 + scale) + shift."""
+    if modulation is None:
+        return x
+    scale, shift = modulation
+    x = x if scale is None else torch.addcmul(x, x, scale)
+    return x if shift is None else x + shift
+
+
+def path_tensor(l_first: int, l_second: int, l_out: int, symmetric: bool = False) -> tuple[np.ndarray, list[int]]:
+    """Return the couplings of all natural paths, [rows, (l_first + 1)^2, (l_second + 1)^2], and the paths per degree.
+
+    Rows are ordered by output degree, then m, then path: ``by_degree`` makes path and channel adjacent. Factors of unit
+    variance give rows of unit mean square; for a symmetric product, whose factors are one, that counts its trace.
+    """
+    blocks = []
+    paths = natural_paths(l_first, l_second, l_out, symmetric)
+    for l3, pairs in enumerate(paths):
+        block = np.zeros((2 * l3 + 1, len(pairs), (l_first + 1) ** 2, (l_second + 1) ** 2))
+        for p, (l1, l2) in enumerate(pairs):
+            block[:, p, l1 * l1 : (l1 + 1) ** 2, l2 * l2 : (l2 + 1) ** 2] = coupling(l1, l2, l3).transpose(2, 0, 1)
+        if symmetric:
+            block = (block + block.swapaxes(2, 3)) / 2
+            trace = np.trace(block, axis1=2, axis2=3)
+            block /= np.sqrt(2 * (block**2).sum((2, 3)) + trace**2)[..., None, None]
+        blocks.append(block.reshape(-1, *block.shape[2:]))
+    return np.concatenate(blocks), [len(pairs) for pairs in paths]
+
+
+def by_degree(rows: Tensor, n_paths: Sequence[int]) -> list[Tensor]:
+    """Split [rows, N, C], ordered as in ``path_tensor``, into degrees: [2l + 1, N, n_paths * C]."""
+    sizes = [(2 * l + 1) * n for l, n in enumerate(n_paths)]
+    n_atoms, channels = rows.shape[1:]
+    return [
+        part.view(2 * l + 1, n, n_atoms, channels).transpose(1, 2).reshape(2 * l + 1, n_atoms, n * channels)
+        for l, (part, n) in enumerate(zip(rows.split(sizes), n_paths, strict=True))
+    ]
+
+
+class Products(nn.Module):
+    """The density times itself, channel by channel, up to ``body_order``, mapped linearly to the degrees ≤ ``l_out``."""
+
+    def __init__(self, lmax: int, l_out: int, channels: int, body_order: int):
+        super().__init__()
+        out = [channels] * (l_out + 1)
+        gain = 1 / sqrt(body_order - 1)
+        self.linear = DegreeLinear(out, out, gain)
+        self.norm = DegreeNorm(lmax, channels)
+        self.square_linear: DegreeLinear | None = None
+        self.cube_linear: DegreeLinear | None = None
+        self._cube: Bilinear | None = None
+        if body_order > 2:
+            l_square = lmax if body_order > 3 else l_out
+            tensor, self._square_paths = path_tensor(lmax, lmax, l_square, symmetric=True)
+            self._square = Square(tensor)
+            inputs = [n * channels for n in self._square_paths]
+            to = [channels] * (l_square + 1)
+            self.square_linear = DegreeLinear(inputs, to, gain if body_order == 3 else 1.0, bias=False)
+        if body_order > 3:
+            tensor, self._cube_paths = path_tensor(lmax, lmax, l_out)
+            self._cube = Bilinear(tensor)
+            inputs = [(n + 1) * channels for n in self._cube_paths]
+            self.cube_linear = DegreeLinear(inputs, out, gain, bias=False)
+
+    def forward(self, x: list[Tensor], onto: list[Tensor | None]) -> list[Tensor]:
+        import os
+        V = os.environ.get("VAR", "1")
+        y = x if V == "3" else self.norm(x)
+        out = self.linear(x if V == "2" else y)
+        if self.square_linear is not None:
+            packed = torch.cat(y)
+            squares = by_degree(self._square(packed), self._square_paths)
+            if self.cube_linear is None:
+                out = self.square_linear(squares, out)
+            else:
+                assert self._cube is not None
+                y = self.square_linear(squares)
+                cubes = by_degree(self._cube(torch.cat(y), packed), self._cube_paths)
+                out = self.cube_linear([torch.cat(pair, dim=-1) for pair in zip(y, cubes, strict=False)], out)
+        return [y if h is None else y + h for y, h in zip(out, onto, strict=True)]
+
+
+class FeedForward(nn.Module):
+    """Expansion, silu on scalars, sigmoid gates from the scalars on the other degrees, contraction."""
+
+    def __init__(self, l_out: int, channels: int, expansion: int):
+        super().__init__()
+        hidden = expansion * channels
+        self._hidden = hidden
+        self.norm = DegreeNorm(l_out, channels)
+        self.up = DegreeLinear([channels] * (l_out + 1), [hidden * (l_out + 1)] + [hidden] * l_out)
+        self.down = DegreeLinear([hidden] * (l_out + 1), [channels] * (l_out + 1), SILU_GAIN)
+
+    @property
+    def width(self) -> int:
+        return self.up.weights[0].shape[1]
+
+    def forward(self, h: list[Tensor], modulation: Modulation | None) -> list[Tensor]:
+        up = self.up(self.norm(h))
+        scalars, *gates = modulated(up[0], modulation).split(self._hidden, dim=-1)
+        hidden = [F.silu(scalars)] + [x * torch.sigmoid(gate) for x, gate in zip(up[1:], gates, strict=True)]
+        return self.down(hidden, h)
+
+
+class Layer(nn.Module):
+    """One interaction and one update of the atoms; see the module's docstring.
+
+    Args:
+        l_in: highest degree of the incoming features. l_out: of the outgoing ones.
+    """
+
+    def __init__(self, config: DensityConfig, l_in: int, l_out: int, avg_neighbors: float):
+        super().__init__()
+        c, c_edge, lmax = config.channels, config.edge_channels, config.lmax
+        self._l_in, self._l_out, self._lmax, self._c_edge = l_in, l_out, lmax, c_edge
+        self.norm = DegreeNorm(l_in, c)
+        self.send = DegreeLinear([c] * (l_in + 1), [c_edge] * (l_in + 1))
+        self.radial = normal_parameter(
+            config.radial_hidden, (lmax + 1) * c_edge, fan_in=config.radial_hidden, gain=SILU_GAIN
+        )
+        tensor, self._paths = path_tensor(lmax, l_in, lmax)
+        self._couple = Constant(tensor.reshape(len(tensor), -1) / sqrt(max(avg_neighbors, 1e-3)))
+        self.receive = DegreeLinear([n * c_edge for n in self._paths], [c] * (lmax + 1), gain=0.5)
+        self.gate = DegreeLinear([c], [c * (lmax + 1)], gain=0.3)
+        nn.init.ones_(self.gate.bias)
+        self.products = Products(lmax, l_out, c, config.body_order)
+        self.feed_forward = FeedForward(l_out, c, config.ff_expansion)
+
+    def density(self, sent: list[Tensor], basis: EdgeBasis, batch: Batch) -> Tensor:
+        """Return the coupled density, [rows, n_atoms, edge_channels] in the order of ``path_tensor``."""
+        n_atoms, k = batch.neighbors.shape
+        width = (self._l_in + 1) ** 2 * self._c_edge
+        senders = torch.cat(sent).transpose(0, 1).reshape(n_atoms, width)
+        gathered = gather_senders(senders, batch.neighbors, batch.reverse)
+        radial = (basis.radial @ self.radial).view(n_atoms, k, self._lmax + 1, 1, self._c_edge)
+        messages = radial * gathered.view(n_atoms, k, 1, -1, self._c_edge)
+        sums = [
+            torch.bmm(y, message.reshape(n_atoms, k, width))
+            for y, message in zip(basis.harmonics, messages.unbind(2), strict=True)
+        ]
+        uncoupled = torch.cat(sums, dim=1).view(n_atoms, -1, self._c_edge).transpose(0, 1)
+        coupled = self._couple.like(radial) @ uncoupled.reshape(-1, n_atoms * self._c_edge)
+        return coupled.view(-1, n_atoms, self._c_edge)
+
+    def forward(
+        self, h: list[Tensor], basis: EdgeBasis, batch: Batch, modulations: Mapping[str, Modulation], prefix: str
+    ) -> list[Tensor]:
+        u = self.norm(h)
+        sent = self.send(u)
+        sent[0] = modulated(sent[0], modulations.get(f"{prefix}.send"))
+        x = self.receive(by_degree(self.density(sent, basis, batch), self._paths))
+        x[0] = modulated(x[0], modulations.get(f"{prefix}.receive"))
+        gates = self.gate(u[:1])[0].chunk(self._lmax + 1, dim=-1)
+        x = [y * gate for y, gate in zip(x, gates, strict=True)]
+        h = self.products(x, [h[l] if l <= self._l_in else None for l in range(self._l_out + 1)])
+        return self.feed_forward(h, modulations.get(f"{prefix}.update"))
+
+
+class DensityBackbone(nn.Module):
+    """The native backbone; implements ``Backbone``.
+
+    Args:
+        avg_neighbors: mean number of neighbors of an atom in the training set; the density is divided by its root.
+    """
+
+    def __init__(self, config: DensityConfig, avg_neighbors: float):
+        super().__init__()
+        self.config = config
+        self.cutoff = config.cutoff
+        self.n_features = config.channels
+        self.elements = nn.Embedding(N_ELEMENTS + 1, config.channels)
+        hidden = config.radial_hidden
+        self.trunk = nn.ParameterList(
+            [normal_parameter(config.n_radial, hidden, fan_in=config.n_radial), normal_parameter(hidden, hidden, fan_in=hidden, gain=SILU_GAIN)]
+        )
+        self.trunk_bias = nn.ParameterList(nn.Parameter(torch.zeros(hidden)) for _ in range(2))
+        degrees = [0] + [config.l_message] * (config.layers - 1) + [0]
+        self.layers = nn.ModuleList(
+            Layer(config, l_in, l_out, avg_neighbors) for l_in, l_out in zip(degrees, degrees[1:], strict=False)
+        )
+        self.sites: dict[str, int] = {}
+        for i, layer in enumerate(self.layers):
+            assert isinstance(layer, Layer)
+            self.sites[f"{i}.send"] = config.edge_channels
+            self.sites[f"{i}.receive"] = config.channels
+            self.sites[f"{i}.update"] = layer.feed_forward.width
+        self.sites["output"] = self.n_features
+
+    def site(self, name: str) -> tuple[nn.Parameter, nn.Parameter]:
+        index, place = name.split(".")
+        layer = self.layers[int(index)]
+        linear = layer.feed_forward.up if place == "update" else getattr(layer, place)
+        return linear.weights[0], linear.bias
+
+    def edge_basis(self, edge_vectors: Tensor, dtype: torch.dtype) -> EdgeBasis:
+        """Return the basis of the edges [n_atoms, K, 3]; geometry stays in their dtype, the result is in ``dtype``."""
+        n_atoms, k, _ = edge_vectors.shape
+        vectors = edge_vectors.reshape(-1, 3)
+        r = vectors.square().sum(-1).sqrt()
+        x = r / self.cutoff
+        spherical = spherical_harmonics(vectors / r.unsqueeze(-1), self.config.lmax)
+        harmonics = [y.view(n_atoms, k, -1).transpose(1, 2).to(dtype) for y in spherical]
+        radial = bessel(x, self.config.n_radial).to(dtype)
+        for weight, bias in zip(self.trunk, self.trunk_bias, strict=True):
+            radial = F.silu(torch.addmm(bias, radial, weight))
+        return EdgeBasis(harmonics, radial * envelope(x, self.config.envelope_power).to(dtype).unsqueeze(-1))
+
+    def forward(self, batch: Batch, edge_vectors: Tensor, modulations: Mapping[str, Modulation]) -> Tensor:
+        """Return the features [n_atoms, n_features]."""
+        elements = self.elements(batch.atomic_numbers)
+        basis = self.edge_basis(edge_vectors, elements.dtype)
+        h = [elements.unsqueeze(0)]
+        for i, layer in enumerate(self.layers):
+            h = layer(h, basis, batch, modulations, str(i))
+        return modulated(h[0][0], modulations.get("output"))

@@ -1,0 +1,262 @@
+"""The potential: a sum of terms, and the only code that differentiates one."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mffm.batch import Batch
+from mffm.config.model import ConditioningConfig, ModelConfig
+from mffm.errors import InputError, known
+from mffm.models.contraction import sum_over_sent
+from mffm.models.terms import LearnedTerm
+
+
+@dataclass(slots=True)
+class Prediction:
+    """What a potential predicts; keys, units and signs as in ``mffm.keys``.
+
+    Attributes:
+        energy: [n_systems] float64, eV, without element references (they are added in float64 by who needs totals).
+        atom_energies: [n_atoms], eV.
+        forces: [n_atoms, 3], eV/Å; None if not asked for.
+        stress: [n_systems, 3, 3], eV/Å³; 0 for systems without a volume; None if not asked for.
+    """
+
+    energy: Tensor
+    atom_energies: Tensor
+    forces: Tensor | None
+    stress: Tensor | None
+
+
+class Potential(nn.Module):
+    """Interaction energies of systems at their fidelities, with conservative forces and stress.
+
+    Args:
+        config: backbone, conditioning and heads.
+        fidelities: names in the order of ``Batch.fidelity_idx``.
+        avg_neighbors: mean number of neighbors of an atom in the training set.
+        scale: eV; the unit of the heads' outputs, shared by the fidelities (the root mean square force, say).
+
+    Raises:
+        InputError: no fidelity, one named twice, or the configuration names an unknown one.
+    """
+
+    def __init__(self, config: ModelConfig, fidelities: Sequence[str], avg_neighbors: float, scale: float):
+        super().__init__()
+        if not fidelities or len(set(fidelities)) != len(fidelities):
+            raise InputError(f"a potential needs one or more different fidelities; found: {', '.join(fidelities)!r}")
+        self.config = config
+        self.fidelities = tuple(fidelities)
+        self.avg_neighbors, self.scale = float(avg_neighbors), float(scale)
+        self.terms = nn.ModuleDict({"learned": LearnedTerm(config, self.fidelities, avg_neighbors, scale)})
+
+    @property
+    def learned(self) -> LearnedTerm:
+        term = self.terms["learned"]
+        assert isinstance(term, LearnedTerm)
+        return term
+
+    @property
+    def cutoff(self) -> float:
+        return self.learned.cutoff
+
+    @property
+    def n_parameters(self) -> int:
+        return sum(p.numel() for p in self.parameters())
+
+    def hyperparameters(self) -> dict[str, Any]:
+        """Return, JSON-able, what ``from_hyperparameters`` needs besides the state dict."""
+        return {
+            "config": self.config.model_dump(mode="json"),
+            "fidelities": list(self.fidelities),
+            "avg_neighbors": self.avg_neighbors,
+            "scale": self.scale,
+        }
+
+    @classmethod
+    def from_hyperparameters(cls, saved: Mapping[str, Any]) -> "Potential":
+        config = ModelConfig.model_validate(saved["config"])
+        return cls(config, saved["fidelities"], saved["avg_neighbors"], saved["scale"])
+
+    def forward(self, batch: Batch, forces: bool = True, stress: bool = False) -> Prediction:
+        """Return the predictions for a batch.
+
+        In training mode, and where gradients are enabled, they are differentiable in the parameters; otherwise detached.
+        The batch's edge vectors count as constants: positions get no gradient but the forces.
+
+        Raises:
+            InputError: a fidelity index or a dtype that the potential does not have.
+        """
+        self._check(batch)
+        train = self.training and torch.is_grad_enabled()
+        derivatives = forces or stress
+        with torch.set_grad_enabled(train or derivatives):
+            edge_vectors = batch.edge_vectors.detach().requires_grad_(derivatives)
+            outputs = [term(batch, edge_vectors) for term in self.terms.values()]
+            atom_energies = torch.stack([o.atom_energies for o in outputs]).sum(0) if len(outputs) > 1 else outputs[0].atom_energies
+            systems = batch.system_idx
+            energy = torch.zeros(batch.n_systems, dtype=torch.float64, device=systems.device)
+            energy = energy.index_add(0, systems, atom_energies.to(torch.float64))
+            prediction = Prediction(energy, atom_energies, None, None)
+            if derivatives:
+                # The float64 sum has gradient 1 for each atom: the same derivative, without its kernels.
+                total = torch.stack([o.atom_energies.sum() for o in outputs if o.forces is None]).sum()
+                (gradient,) = torch.autograd.grad(total, edge_vectors, create_graph=train)
+                if forces:
+                    prediction.forces = self._forces(batch, gradient)
+                    prediction.forces = sum((o.forces for o in outputs if o.forces is not None), prediction.forces)
+                if stress:
+                    virial = self._virial(batch, edge_vectors.detach(), gradient)
+                    virial = sum((o.virial for o in outputs if o.virial is not None), virial)
+                    prediction.stress = self._stress(batch, virial)
+        if not train:
+            prediction.energy, prediction.atom_energies = prediction.energy.detach(), prediction.atom_energies.detach()
+        return prediction
+
+    @staticmethod
+    def _forces(batch: Batch, gradient: Tensor) -> Tensor:
+        """Return forces from dE/dr_ij with r_ij = x_j - x_i: what pulls on receivers minus what pulls on senders."""
+        return gradient.sum(1) - sum_over_sent(gradient, batch.neighbors, batch.reverse)
+
+    @staticmethod
+    def _virial(batch: Batch, edge_vectors: Tensor, gradient: Tensor) -> Tensor:
+        """Return dE/dstrain = Σ r ⊗ dE/dr, [n_systems, 3, 3], eV."""
+        per_atom = edge_vectors.transpose(1, 2) @ gradient
+        virial = gradient.new_zeros(batch.n_systems, 3, 3)
+        return virial.index_add(0, batch.system_idx, per_atom)
+
+    @staticmethod
+    def _stress(batch: Batch, virial: Tensor) -> Tensor:
+        has_volume = batch.volume > 0
+        volume = torch.where(has_volume, batch.volume, 1.0).to(virial)
+        factor = (has_volume / volume).to(virial)
+        return 0.5 * (virial + virial.transpose(1, 2)) * factor[:, None, None]
+
+    def _check(self, batch: Batch) -> None:
+        lowest, highest = (int(value) for value in batch.fidelity_idx.aminmax())
+        if lowest < 0 or highest >= len(self.fidelities):
+            raise InputError(
+                f"fidelity index {lowest if lowest < 0 else highest} in a batch; this potential has "
+                f"{len(self.fidelities)} ({', '.join(self.fidelities)}): build batches with its fidelities"
+            )
+        own = next(self.parameters()).dtype
+        if (own == torch.float64) != (batch.edge_vectors.dtype == torch.float64):
+            raise InputError(
+                f"batch in {batch.edge_vectors.dtype}, potential in {own}: collate with dtype={own} or convert the potential"
+            )
+
+    def per_fidelity(self) -> set[str]:
+        """Return the names in the state dict whose rows are fidelities."""
+        parts = {"conditioning": self.learned.conditioning, "heads": self.learned.heads}
+        return {f"terms.learned.{part}.{name}" for part, module in parts.items() for name in module.per_fidelity()}
+
+    @torch.no_grad()
+    def load_weights(
+        self, state: Mapping[str, Tensor], fidelities: Sequence[str], init_from: Mapping[str, str] | None = None
+    ) -> None:
+        """Start from the weights of another potential with other fidelities.
+
+        Shared tensors are copied. Rows of per-fidelity tensors are matched by name; a fidelity that is new starts as a
+        copy of ``init_from[new]``, or, where the common model is defined, at the common model: conditioning at zero,
+        delta corrections at zero.
+
+        Args:
+            state: the other potential's state dict.
+            fidelities: the other potential's fidelities, in its order.
+            init_from: new fidelity → fidelity of the other potential.
+
+        Raises:
+            InputError: a tensor is missing, superfluous or of another shape; a fidelity is unknown; a new fidelity of
+                independent heads has nothing to start from.
+        """
+        init_from = dict(init_from or {})
+        own = self.state_dict()
+        for new, source in init_from.items():
+            if new not in self.fidelities:
+                raise InputError(f"init_from names fidelity {new!r}, which this potential lacks; it has: {known(self.fidelities)}")
+            if source not in fidelities:
+                raise InputError(f"init_from[{new!r}] = {source!r}, which the weights lack; they have: {known(fidelities)}")
+        self._check_delta_base(state, fidelities)
+        if set(own) != set(state):
+            missing, extra = sorted(set(own) - set(state)), sorted(set(state) - set(own))
+            raise InputError(
+                f"the weights are of another kind of potential: missing {', '.join(missing) or 'nothing'}; "
+                f"not used {', '.join(extra) or 'nothing'}; give model the backbone, conditioning and heads of the release"
+            )
+        rows = {f: init_from.get(f, f) for f in self.fidelities}
+        sources = [fidelities.index(name) if name in fidelities else None for name in rows.values()]
+        per_fidelity = self.per_fidelity()
+        loaded = {}
+        for name, tensor in own.items():
+            value, stacked = state[name], name in per_fidelity
+            expected = (len(fidelities), *tensor.shape[1:]) if stacked else tuple(tensor.shape)
+            if tuple(value.shape) != tuple(expected):
+                raise InputError(
+                    f"{name}: shape {tuple(value.shape)} in the weights, {tuple(expected)} expected; "
+                    "give model the sizes of the release"
+                )
+            loaded[name] = self._rows(name, tensor, value, sources) if stacked else value
+        self.load_state_dict(loaded)
+
+    def _rows(self, name: str, tensor: Tensor, value: Tensor, sources: Sequence[int | None]) -> Tensor:
+        """Return the own tensor with each fidelity's row from the weights, or as a new fidelity starts."""
+        out = tensor.clone()
+        last = len(self.config.heads.hidden)
+        for row, source in enumerate(sources):
+            if source is not None:
+                out[row] = value[source].to(out)
+            elif ".conditioning." in name or name.endswith((f"correction.weights.{last}", f"correction.biases.{last}")):
+                out[row] = 0
+            elif ".heads.mlp." in name:
+                new = self.fidelities[row]
+                raise InputError(
+                    f"fidelity {new!r} is new and its head has nothing to start from: "
+                    f"set model.init_from: {{{new}: <a fidelity of the weights>}} to start as a copy of that one's head"
+                )
+        return out
+
+    def _check_delta_base(self, state: Mapping[str, Tensor], fidelities: Sequence[str]) -> None:
+        """The base has no correction: one that is not zero means that the weights were trained with another base."""
+        base, last = self.config.heads.base, len(self.config.heads.hidden)
+        output = state.get(f"terms.learned.heads.correction.weights.{last}")
+        if base is None or output is None:
+            return
+        if base not in fidelities:
+            raise InputError(f"heads.base {base!r} is not a fidelity of the weights; they have: {known(fidelities)}")
+        if bool(output[list(fidelities).index(base)].any()):
+            raise InputError(f"heads.base {base!r} has a correction in the weights: they were trained with another base; name that one")
+
+    @torch.no_grad()
+    def folded(self, fidelity: str) -> "Potential":
+        """Return a plain potential of one fidelity, without conditioning and with one head, that predicts the same.
+
+        Raises:
+            InputError: the fidelity is unknown.
+        """
+        if fidelity not in self.fidelities:
+            raise InputError(f"unknown fidelity {fidelity!r}; this potential has: {known(self.fidelities)}")
+        own = self.learned
+        index = next(self.parameters()).new_tensor([self.fidelities.index(fidelity)], dtype=torch.long)
+        modulations = {
+            site: tuple(None if value is None else value[0] for value in pair)
+            for site, pair in own.conditioning(index).items()
+        }
+        _, output_shift = modulations.pop("output", (None, None))
+        heads = own.heads.folded(fidelity, output_shift)
+        config = self.config.model_copy(
+            update={"conditioning": ConditioningConfig(kind="none"), "heads": heads.config, "init_from": {}}
+        )
+        plain = Potential(config, [fidelity], self.avg_neighbors, self.scale).to(next(self.parameters()))
+        plain.learned.backbone.load_state_dict(own.backbone.state_dict())
+        plain.learned.heads.load_state_dict(heads.state_dict())
+        for site, (scale, shift) in modulations.items():
+            weight, bias = plain.learned.backbone.site(site)
+            if scale is not None:
+                weight.mul_(1 + scale)
+                bias.mul_(1 + scale)
+            if shift is not None:
+                bias.add_(shift)
+        return plain.train(self.training)

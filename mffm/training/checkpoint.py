@@ -1,0 +1,154 @@
+"""Checkpoints in one portable format: full tensors in safetensors and a JSON state, whatever the ZeRO stage or world size.
+
+    checkpoints/step-00000200/
+        model.safetensors      raw weights, float32 masters
+        ema.safetensors        moving average
+        optimizer.safetensors  <state>/<parameter>
+        state.json             TrainState, format version, SHA-256 of the three
+    checkpoints/latest         name of the newest one, moved last
+
+DeepSpeed's own formats are not general across world sizes and stages; this one goes through ``safe_get_full_*``.
+"""
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state, safe_set_full_fp32_param, safe_set_full_optimizer_state
+from torch import Tensor, nn
+
+from mffm import distributed
+from mffm.errors import InputError
+from mffm.optim import MovingAverage
+from mffm.release import read_json, read_weights, sha256, write_json, write_weights
+from mffm.training.state import TrainState
+
+FORMAT_VERSION = 1
+TENSOR_FILES = ("model.safetensors", "ema.safetensors", "optimizer.safetensors")
+OPTIMIZER_STATES = ("exp_avg", "exp_avg_sq")  # AdamW
+
+
+def master_weights(engine: Any, module: nn.Module) -> dict[str, Tensor]:
+    """Return the full float32 weights by name, on CPU. Collective for stages 1 and 2."""
+    return {name: _full(engine, p, None).detach().cpu().float().clone() for name, p in module.named_parameters()}
+
+
+def _full(engine: Any, parameter: nn.Parameter, state: str | None) -> Tensor:
+    if engine.zero_optimization_stage() == 0:
+        return parameter if state is None else engine.optimizer.state[parameter][state]
+    value = safe_get_full_fp32_param(parameter) if state is None else safe_get_full_optimizer_state(parameter, state)
+    assert value is not None, "DeepSpeed holds no full-precision value"
+    return value
+
+
+def save(folder: Path, engine: Any, module: nn.Module, ema: MovingAverage, state: TrainState, keep: int) -> Path:
+    """Write a checkpoint. Every rank must call this; rank 0 writes.
+
+    A half-written one keeps its ``.partial`` name and is never loaded; ``latest`` moves last.
+    """
+    weights = master_weights(engine, module)
+    moments = {
+        f"{key}/{name}": _full(engine, p, key).detach().cpu().clone() for name, p in module.named_parameters() for key in OPTIMIZER_STATES
+    }
+    path = folder / f"step-{state.step:08d}"
+    if distributed.ranks_from_environment().is_main:
+        aside = path.with_name(path.name + ".partial")
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+        try:
+            write_weights(aside / "model.safetensors", weights)
+            write_weights(aside / "ema.safetensors", ema.weights)
+            write_weights(aside / "optimizer.safetensors", moments)
+            digests = {name: sha256(aside / name) for name in TENSOR_FILES}
+            write_json(aside / "state.json", {"format_version": FORMAT_VERSION, "sha256": digests, "state": state.to_dict()})
+        except OSError as error:
+            shutil.rmtree(aside, ignore_errors=True)
+            raise InputError(f"{path}: cannot write the checkpoint: {error}; earlier checkpoints are intact") from error
+        _sync_folder(aside)
+        shutil.rmtree(path, ignore_errors=True)
+        os.replace(aside, path)
+        _sync_folder(folder)
+        _point_latest(folder, path.name)
+        for old in sorted(folder.glob("step-*[0-9]"))[:-keep]:
+            shutil.rmtree(old, ignore_errors=True)
+    distributed.barrier()
+    return path
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _point_latest(folder: Path, name: str) -> None:
+    aside = folder / "latest.partial"
+    with aside.open("w") as file:
+        file.write(name + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(aside, folder / "latest")
+
+
+def newest(folder: Path) -> Path | None:
+    """Return the checkpoint that ``latest`` names, None where there is none.
+
+    Raises:
+        InputError: ``latest`` names a checkpoint that does not exist.
+    """
+    pointer = folder / "latest"
+    if not pointer.is_file():
+        return None
+    path = folder / pointer.read_text().strip()
+    if path.parent != folder or not (path / "state.json").is_file():
+        have = ", ".join(p.name for p in sorted(folder.glob("step-*[0-9]"))) or "none"
+        raise InputError(f"{pointer}: names {path.name!r}, which is not a whole checkpoint; write one of these into it: {have}")
+    return path
+
+
+def read_state(path: Path) -> TrainState:
+    """Return the state of a checkpoint after its files were verified.
+
+    Raises:
+        InputError: another format version, or a file whose SHA-256 differs.
+    """
+    content = read_json(path / "state.json")
+    if content.get("format_version") != FORMAT_VERSION:
+        raise InputError(f"{path}: checkpoint format {content.get('format_version')!r}, this version reads {FORMAT_VERSION}")
+    for name, digest in content["sha256"].items():
+        if sha256(path / name) != digest:
+            others = ", ".join(p.name for p in sorted(path.parent.glob("step-*[0-9]")) if p != path) or "none"
+            raise InputError(f"{path / name}: damaged (SHA-256 differs); write the name of an earlier checkpoint into {path.parent / 'latest'}: {others}")
+    return TrainState.from_dict(content["state"], str(path / "state.json"))
+
+
+def restore(path: Path, engine: Any, module: nn.Module, ema: MovingAverage, state: TrainState) -> None:
+    """Put weights, optimiser state and moving average back; every rank calls this. Restoring is strict."""
+    weights = read_weights(path / "model.safetensors")
+    moments = read_weights(path / "optimizer.safetensors")
+    names = [name for name, _ in module.named_parameters()]
+    for found, wanted in ((set(weights), set(names)), (set(moments), {f"{k}/{n}" for n in names for k in OPTIMIZER_STATES})):
+        if found != wanted:
+            raise InputError(f"{path}: its tensors are of another model; first differing one: {sorted(found ^ wanted)[0]}")
+    device = next(module.parameters()).device
+    stage = engine.zero_optimization_stage()
+    with torch.no_grad():
+        for name, p in module.named_parameters():
+            p.copy_(weights[name])
+            if stage > 0:
+                safe_set_full_fp32_param(p, weights[name].to(device))
+            for key in OPTIMIZER_STATES:
+                value = moments[f"{key}/{name}"].to(device)
+                if stage == 0:
+                    engine.optimizer.state[p][key] = value
+                else:
+                    safe_set_full_optimizer_state(p, value, key)
+    inner = engine.optimizer if stage == 0 else engine.optimizer.optimizer
+    for group in inner.param_groups:
+        for p in group["params"]:
+            inner.state[p]["step"] = torch.tensor(float(state.step))
+    ema.load({k: v.to(device) for k, v in read_weights(path / "ema.safetensors").items()}, state.ema_updates)

@@ -1,0 +1,274 @@
+"""The training loop: build → restore → step, validate, save → final save. One loop, top to bottom."""
+
+import json
+import logging
+import math
+import os
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+
+from mffm import distributed
+from mffm.config.base import dump, load
+from mffm.config.recipe import Recipe
+from mffm.data.loader import Loader
+from mffm.data.plan import Cursor, StepPlan
+from mffm.errors import InputError, known
+from mffm.optim import MovingAverage, adamw, learning_rate
+from mffm.release import write_json, write_weights
+from mffm.training import checkpoint
+from mffm.training.log import RunLog
+from mffm.training.setup import Setup, Trainee, deepspeed_config, prepare
+from mffm.training.state import TrainState
+from mffm.training.validate import Validator
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended: ``finished``, ``stopped_early`` (patience) or ``interrupted`` (saved, to be resumed)."""
+
+    run: Path
+    step: int
+    ended: str
+    best: dict[str, dict[str, float]]
+
+
+def train(recipe: Recipe) -> Outcome:
+    """Start a run in a folder of its own.
+
+    Raises:
+        InputError: the folder holds a run already, or the recipe does not fit the store.
+    """
+    run = Path(recipe.run_folder)
+    ranks = distributed.ranks_from_environment()
+    if ranks.is_main and (run / "checkpoints" / "latest").exists():
+        raise InputError(f"{run}: holds a run already; go on with `mffm resume {run}`, or give another folder with run=...")
+    return _run(recipe, run, resume=False)
+
+
+def resume(run: Path | str) -> Outcome:
+    """Go on with a run from its newest checkpoint; nothing but the folder is needed."""
+    run = Path(run)
+    if not (run / "recipe.yaml").is_file():
+        raise InputError(f"{run}: no recipe.yaml; not the folder of a run")
+    return _run(load(Recipe, run / "recipe.yaml"), run, resume=True)
+
+
+def _run(recipe: Recipe, run: Path, resume: bool) -> Outcome:
+    distributed.tune_allocator()
+    if recipe.train.threads:
+        torch.set_num_threads(recipe.train.threads)
+    ranks = distributed.ranks_from_environment()
+    device = distributed.start(ranks)
+    setup = prepare(recipe)
+    n_microbatches = setup.plan.n_microbatches(ranks.world_size)
+    ds_config = deepspeed_config(recipe, ranks, n_microbatches)
+    if ranks.is_main:
+        _write_run_folder(run, setup, ds_config)
+    table = setup.spec.reference_table(device)
+    trainee = Trainee(setup.potential.to(device), setup.loss, table)
+    engine = _engine(trainee, recipe, ds_config)
+    module = setup.potential
+    evaluated = setup.spec.build().to(device).requires_grad_(False)
+    ema = MovingAverage(module.named_parameters(), recipe.optim.ema_decay)
+    state = TrainState(0, setup.plan.start().to_dict(), setup.plan.fingerprint, ranks.world_size)
+    latest = checkpoint.newest(run / "checkpoints") if resume else None
+    if latest is not None:
+        state = _restore(latest, setup, engine, ema, ranks.world_size)
+    validator = Validator(
+        setup.store, setup.fidelities, recipe.data.validation_split, recipe.data.validation_max_frames,
+        recipe.model.backbone.cutoff, recipe.data.plan.edge_budget, setup.loss, set(setup.used), table, ranks,
+    )  # fmt: skip
+    loader = Loader(
+        setup.store, setup.plan, setup.fidelities, recipe.model.backbone.cutoff, Cursor.from_dict(state.cursor),
+        rank=ranks.rank, world_size=ranks.world_size, last_step=recipe.train.steps,
+    )  # fmt: skip
+    log = RunLog(run, recipe.log, recipe.train.steps, state.step, recipe.name, recipe.model_dump(mode="json"), state.wandb_id, ranks.is_main)
+    with log, loader, _interrupt_flag() as interrupted:
+        state.wandb_id = log.wandb_id
+        _say_start(log, setup, ranks, n_microbatches, latest)
+        ended = "finished"
+        while state.step < recipe.train.steps:
+            started = time.perf_counter()
+            plan, batches, cursor = next(loader)
+            lr = learning_rate(state.step, recipe.train.steps, recipe.optim)
+            loss, parts = train_step(engine, setup, plan, batches, ranks, lr, device)
+            if distributed.any_rank(not math.isfinite(loss), device):
+                raise _quarantined(run, setup, plan, state.step, ranks)
+            ema.update(module.named_parameters())
+            _advance(state, setup, plan, cursor, ema)
+            last = state.step == recipe.train.steps
+            stop = distributed.any_rank(interrupted(), device)
+            if state.step % recipe.train.log_every == 0 or last:
+                _log_step(log, setup, plan, state.step, distributed.sum_over_ranks(parts), lr, engine, time.perf_counter() - started)
+            if state.step % recipe.train.validate_every == 0 or last:
+                evaluated.load_state_dict(ema.weights)
+                _keep_best(run, validator(evaluated), state, evaluated, recipe, log, ranks)
+                if recipe.train.patience and state.validations_since_best >= recipe.train.patience:
+                    ended = "stopped_early"
+            if state.step % recipe.train.save_every == 0 or last or stop or ended != "finished":
+                checkpoint.save(run / "checkpoints", engine, module, ema, state, recipe.train.keep)
+            if ended != "finished":
+                break
+            if stop and not last:
+                ended = "interrupted"
+                break
+        if ranks.is_main:
+            write_weights(run / "weights" / "last.safetensors", ema.weights)
+            write_weights(run / "weights" / "raw.safetensors", dict(module.named_parameters()))
+        log.say(f"{ended} at step {state.step}")
+    distributed.barrier()
+    return Outcome(run, state.step, ended, state.best)
+
+
+def train_step(engine: Any, setup: Setup, plan: StepPlan, batches: list, ranks: distributed.Ranks, lr: float, device: torch.device) -> tuple[float, torch.Tensor]:
+    """Do one optimiser update; return this rank's share of the loss and its parts per (property, fidelity).
+
+    DeepSpeed averages gradients over ranks and divides by the accumulation steps, so it is handed world size ×
+    microbatches × the local sum ÷ the global count.
+    """
+    engine.train()
+    for group in engine.optimizer.param_groups:
+        group["lr"] = lr
+    divisors = setup.loss.divisors(plan.counts, setup.plan.expected_counts).to(device)
+    total, parts = 0.0, torch.zeros(len(setup.loss.properties), len(setup.fidelities), dtype=torch.float64, device=device)
+    for batch in batches:
+        loss, part = engine(batch.to(device, non_blocking=True), divisors)
+        engine.backward(loss * (ranks.world_size * len(batches)))
+        engine.step()
+        total += float(loss.detach())
+        parts += part
+    return total, parts
+
+
+def _engine(trainee: Trainee, recipe: Recipe, ds_config: dict[str, Any]) -> Any:
+    os.environ.setdefault("DS_LOG_LEVEL", "warning")
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    import deepspeed
+    from deepspeed.ops import __compatible_ops__
+
+    # Used by inference only, but compiled at every start on a CPU, where it needs a C++ compiler and half a minute.
+    __compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.utils.logger.setLevel(logging.WARNING)
+    return deepspeed.initialize(model=trainee, optimizer=adamw(trainee.potential, recipe.optim), config=ds_config)[0]
+
+
+def _restore(path: Path, setup: Setup, engine: Any, ema: MovingAverage, world_size: int) -> TrainState:
+    state = checkpoint.read_state(path)
+    if state.plan_fingerprint != setup.plan.fingerprint:
+        raise InputError(
+            f"{path}: was written on other data or another plan (fingerprint {state.plan_fingerprint[:12]}, now {setup.plan.fingerprint[:12]}); "
+            f"a resume needs the same; start a new run from these weights with start_from"
+        )
+    checkpoint.restore(path, engine, setup.potential, ema, state)
+    state.world_size = world_size
+    return state
+
+
+def _advance(state: TrainState, setup: Setup, plan: StepPlan, cursor: Cursor, ema: MovingAverage) -> None:
+    state.step += 1
+    state.cursor = cursor.to_dict()
+    state.ema_updates = ema.updates
+    for f, name in enumerate(setup.fidelities.names):
+        state.systems_seen[name] = state.systems_seen.get(name, 0) + int((plan.fidelity_idx == f).sum())
+
+
+def _keep_best(run: Path, metrics: dict[str, float], state: TrainState, evaluated: torch.nn.Module, recipe: Recipe, log: RunLog, ranks: distributed.Ranks) -> None:
+    """Log a validation and keep the weights of the best one: by the recipe's metric, and of each fidelity by its loss."""
+    metric = recipe.train.best
+    if metric not in metrics:
+        raise InputError(f"train.best: no metric {metric!r}; this run measures: {known(metrics)}")
+    log.metrics(state.step, metrics)
+    watched = {"best": metric} | {f"best-{n}": f"val/{n}/loss" for n in recipe.fidelities if f"val/{n}/loss" in metrics}
+    state.validations_since_best += 1
+    for name, key in watched.items():
+        if key not in state.best or metrics[key] < state.best[key]["value"]:
+            state.best[key] = {"value": metrics[key], "step": state.step}
+            if name == "best":
+                state.validations_since_best = 0
+        if state.best[key]["step"] == state.step and ranks.is_main:
+            write_weights(run / "weights" / f"{name}.safetensors", evaluated.state_dict())
+    shown = "  ".join(f"{k.removeprefix('val/')} {v:.1f}" for k, v in metrics.items() if k.endswith("_mae"))
+    log.say(f"step {state.step} validation: loss {metrics['val/loss']:.4f}  {shown}")
+
+
+def _log_step(log: RunLog, setup: Setup, plan: StepPlan, step: int, parts: torch.Tensor, lr: float, engine: Any, seconds: float) -> None:
+    values = {"train/loss": float(parts.sum()), "lr": lr, "grad_norm": float(engine.get_global_grad_norm() or 0.0)}
+    for p, prop in enumerate(setup.loss.properties):
+        for f, name in enumerate(setup.fidelities.names):
+            if (f, prop) in setup.used:
+                values[f"train/{name}/{prop}"] = float(parts[p, f])
+                values[f"labels/{name}/{prop}"] = float(plan.counts.get((f, prop), 0))
+    values["atoms_per_s"] = float(plan.n_atoms.sum()) / seconds
+    values["edges_per_s"] = float(plan.n_edges.sum()) / seconds
+    log.metrics(step, values)
+    log.progress(step, f"loss {values['train/loss']:.4f}")
+
+
+def _write_run_folder(run: Path, setup: Setup, ds_config: dict[str, Any]) -> None:
+    (run / "checkpoints").mkdir(parents=True, exist_ok=True)
+    (run / "weights").mkdir(exist_ok=True)
+    (run / "recipe.yaml").write_text(dump(setup.recipe))
+    write_json(run / "deepspeed.json", ds_config)
+    setup.spec.write(run / "potential")
+    (run / "references.md").write_text(setup.spec.references.report_markdown())
+
+
+def _say_start(log: RunLog, setup: Setup, ranks: distributed.Ranks, n_microbatches: int, latest: Path | None) -> None:
+    labels = "; ".join(f"{name}: " + ", ".join(f"{n:,} {p}" for p, n in counts.items()) for name, counts in setup.spec.label_counts.items())
+    log.say(
+        f"{setup.recipe.name}: {setup.potential.n_parameters:,} parameters, {ranks.world_size} rank(s) × {n_microbatches} microbatch(es), "
+        f"ZeRO {setup.recipe.deepspeed.zero_stage}; labels {labels}"
+    )
+    for name, n in setup.plan.oversize.items():
+        if n:
+            log.say(f"pool {name}: {n} frames are over the budget (data.plan.oversize: {setup.recipe.data.plan.oversize})")
+    if latest is not None:
+        log.say(f"resumed from {latest.name}")
+
+
+def _quarantined(run: Path, setup: Setup, plan: StepPlan, step: int, ranks: distributed.Ranks) -> InputError:
+    """Write what the sick step read and return the error that stops the run."""
+    path = run / "quarantine" / f"step-{step:08d}.json"
+    if ranks.is_main:
+        names = [setup.fidelities.names[i] for i in plan.fidelity_idx]
+        write_json(path, {"step": step, "rows": plan.rows.tolist(), "fidelities": names, "store": str(setup.store.path)})
+    return InputError(
+        f"step {step}: the loss is not finite; the frames of the step are listed in {path}. "
+        "Look at their labels, or lower optim.lr, and resume from the last checkpoint"
+    )
+
+
+@contextmanager
+def _interrupt_flag() -> Iterator[Any]:
+    """Turn SIGINT, SIGTERM and SIGUSR2 into a flag that is read at a step boundary; a second SIGINT acts at once."""
+    raised: list[int] = []
+
+    def handler(number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and raised:
+            raise KeyboardInterrupt
+        raised.append(number)
+
+    signals = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
+    try:
+        before = {s: signal.signal(s, handler) for s in signals}
+    except ValueError:  # not the main thread: a library caller handles signals itself
+        yield lambda: False
+        return
+    try:
+        yield lambda: bool(raised)
+    finally:
+        for s, old in before.items():
+            signal.signal(s, old)
+
+
+def read_metrics(run: Path | str) -> list[dict[str, float]]:
+    """Return the rows of a run's metrics.jsonl."""
+    return [json.loads(line) for line in (Path(run) / "metrics.jsonl").read_text().splitlines()]

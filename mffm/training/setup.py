@@ -1,0 +1,187 @@
+"""What a run is made of before its first step: data, element references, potential, DeepSpeed's JSON."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from ase.data import chemical_symbols
+from torch import Tensor, nn
+
+from mffm.batch import Batch, reference_energy
+from mffm.config.recipe import Recipe
+from mffm.data import references
+from mffm.data.plan import Plan, Pool, build_pools
+from mffm.data.store import Store
+from mffm.distributed import Ranks
+from mffm.errors import InputError
+from mffm.fidelity import FidelityTable
+from mffm.keys import ENERGY, FORCES, Property
+from mffm.loss import Loss
+from mffm.models.potential import Potential
+from mffm.release import Loaded, PotentialSpec, code_version, load, refit_references
+
+STATISTICS_FRAMES = 2000  # frames a pool gives to the force scale
+
+
+@dataclass
+class Setup:
+    """Everything that the loop needs, the same on every rank."""
+
+    recipe: Recipe
+    store: Store
+    fidelities: FidelityTable
+    plan: Plan
+    loss: Loss
+    spec: PotentialSpec
+    potential: Potential
+    used: dict[tuple[int, Property], int]
+
+
+def prepare(recipe: Recipe) -> Setup:
+    """Build a run from its recipe.
+
+    Raises:
+        InputError: the store, the recipe and the base do not fit each other.
+    """
+    store = Store(recipe.data.store)
+    if recipe.data.fingerprint not in (None, store.fingerprint):
+        raise InputError(
+            f"{store.path}: fingerprint {store.fingerprint}, but the recipe pins data.fingerprint {recipe.data.fingerprint}; "
+            "use the store that the recipe was written for, or change the pin"
+        )
+    fidelities = FidelityTable(store.fidelities[name] for name in recipe.fidelities)
+    base = load(recipe.start_from) if recipe.start_from else None
+    cutoff = recipe.model.backbone.cutoff
+    pools = build_pools(store, recipe.data.plan, fidelities, cutoff)
+    plan = Plan(pools, recipe.data.plan, recipe.seed)
+    used = live_labels(pools)
+    loss = Loss(recipe.loss, fidelities.names, used)
+    rows = {name: np.unique(np.concatenate([p.rows for p in pools if p.fidelity == name])) for name in fidelities.names}
+    spec = PotentialSpec(
+        model=recipe.model,
+        fidelities=fidelities,
+        references=fit_references(recipe, store, fidelities, rows, base),
+        avg_neighbors=base.spec.avg_neighbors if base else average_neighbors(pools),
+        scale=base.spec.scale if base else force_scale(store, pools),
+        label_counts={name: {prop: n for (f, prop), n in used.items() if f == i} for i, name in enumerate(fidelities.names)},
+        provenance=provenance(recipe, store, plan, base),
+    )
+    torch.manual_seed(recipe.seed)
+    potential = spec.build()
+    if base is not None:
+        potential.load_weights(base.potential.state_dict(), base.fidelities.names, recipe.model.init_from)
+    return Setup(recipe, store, fidelities, plan, loss, spec, potential, used)
+
+
+def fit_references(recipe: Recipe, store: Store, fidelities: FidelityTable, rows: dict[str, np.ndarray], base: Loaded | None) -> references.ElementReferences:
+    """Return the element references of a run.
+
+    A fidelity that starts from another one of the base (``model.init_from``) gets references fitted on what the base's
+    predictions leave of its labels: it starts as its parent with refitted references, not thousands of eV off.
+    """
+    if base is None:
+        return references.fit(store, fidelities.names, rows, recipe.references)
+    refitted = {}
+    for name, parent in recipe.model.init_from.items():
+        labelled = rows[name][store.has(name, ENERGY)[rows[name]]]
+        if name not in recipe.references.given and len(labelled):
+            values = refit_references(base, store, labelled, name, parent)
+            refitted[name] = {chemical_symbols[z]: float(values[z]) for z in np.flatnonzero(~np.isnan(values))}
+    config = recipe.references.model_copy(update={"given": {**recipe.references.given, **refitted}})
+    result = references.fit(store, fidelities.names, rows, config)
+    for name in refitted:
+        result.report[name].update(method="refitted", reason=f"fitted on the labels minus the predictions of {base.path} at {recipe.model.init_from[name]!r}")
+    return result
+
+
+def live_labels(pools: list[Pool]) -> dict[tuple[int, Property], int]:
+    """Return (fidelity index, property) → frames whose label the pools train, 0 where a pool asks for what it lacks."""
+    counts: dict[tuple[int, Property], int] = {}
+    for pool in pools:
+        for prop, n in pool.label_counts.items():
+            counts[pool.fidelity_idx, prop] = counts.get((pool.fidelity_idx, prop), 0) + n
+    return counts
+
+
+def average_neighbors(pools: list[Pool]) -> float:
+    """Return edges per atom over the pools; the backbone's density is divided by its root."""
+    n_edges = sum(float(pool.n_edges.sum()) for pool in pools)
+    n_atoms = sum(float(pool.n_atoms.sum()) for pool in pools)
+    return max(n_edges / n_atoms, 1.0)
+
+
+def force_scale(store: Store, pools: list[Pool]) -> float:
+    """Return the RMS force component over all fidelities, eV/Å; 1 where no pool trains forces.
+
+    One scale for all fidelities (SevenNet's preset), so that one loss weight means the same for each.
+    """
+    square, count = 0.0, 0
+    for pool in pools:
+        if FORCES not in pool.properties:
+            continue
+        stride = max(len(pool.rows) // STATISTICS_FRAMES, 1)
+        for row in pool.rows[::stride]:
+            forces = store.labels(int(row), pool.fidelity).get(FORCES)
+            if forces is not None:
+                square += float(np.square(forces, dtype=np.float64).sum())
+                count += forces.size
+    return max((square / count) ** 0.5, 1e-3) if count else 1.0
+
+
+def provenance(recipe: Recipe, store: Store, plan: Plan, base: Loaded | None) -> dict[str, Any]:
+    """Return where a potential comes from: code, data with licences, recipe, base."""
+    record: dict[str, Any] = {
+        **code_version(),
+        "store": store.path.name,
+        "store_fingerprint": store.fingerprint,
+        "plan_fingerprint": plan.fingerprint,
+        "sources": [dict(s) for s in store.sources],
+        "recipe": recipe.model_dump(mode="json"),
+    }
+    if base is not None:
+        record["start_from"] = {"path": str(recipe.start_from), "provenance": base.spec.provenance}
+    return record
+
+
+class Trainee(nn.Module):
+    """The module given to DeepSpeed: energy, its derivatives and the loss in one forward.
+
+    Derivatives outside of the engine's forward would run through its output hooks and fail or go wrong silently.
+    """
+
+    def __init__(self, potential: Potential, loss: Loss, reference_table: Tensor):
+        super().__init__()
+        self.potential = potential
+        self.loss = loss
+        self.reference_table = reference_table  # a plain attribute: a float64 that no engine casts
+
+    def forward(self, batch: Batch, divisors: Tensor) -> tuple[Tensor, Tensor]:
+        """Return this microbatch's share of the global loss and its parts per (property, fidelity)."""
+        prediction = self.potential(batch, forces=self.loss.needs_forces, stress=self.loss.needs_stress)
+        reference = torch.nan_to_num(reference_energy(batch, self.reference_table))
+        return self.loss(prediction, batch, reference, divisors)
+
+
+def deepspeed_config(recipe: Recipe, ranks: Ranks, n_microbatches: int) -> dict[str, Any]:
+    """Return DeepSpeed's JSON: generated from the recipe, with the recipe's overrides merged over it."""
+    generated = {
+        "train_micro_batch_size_per_gpu": 1,  # a microbatch is one packed Batch
+        "gradient_accumulation_steps": n_microbatches,
+        "train_batch_size": n_microbatches * ranks.world_size,
+        "gradient_clipping": recipe.optim.clip,
+        "zero_optimization": {"stage": recipe.deepspeed.zero_stage, "overlap_comm": False},
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 2**31 - 1,
+        "wall_clock_breakdown": False,
+    }
+    return _merged(generated, recipe.deepspeed.overrides)
+
+
+def _merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    result = dict(base)
+    for key, value in over.items():
+        both = isinstance(value, Mapping) and isinstance(result.get(key), Mapping)
+        result[key] = _merged(result[key], value) if both else value
+    return result

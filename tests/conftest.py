@@ -1,0 +1,134 @@
+"""Shared fixtures: a small store made from the shipped molecules by the ordinary ingest, and tiny recipes."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("WANDB_MODE", "offline")
+os.environ["NO_COLOR"] = "1"
+os.environ["COLUMNS"] = "160"
+
+ROOT = Path(__file__).parents[1]
+SHIPPED = ROOT / "data" / "molecules.extxyz"
+CUTOFF = 4.0
+
+TINY_BACKBONE = {
+    "cutoff": CUTOFF, "lmax": 2, "l_message": 1, "layers": 1, "channels": 8, "edge_channels": 8,
+    "n_radial": 4, "radial_hidden": 8, "ff_expansion": 1,
+}  # fmt: skip
+
+
+def first_frames(n: int) -> str:
+    """Return the first ``n`` frames of the shipped molecules as extxyz text."""
+    lines = SHIPPED.read_text().splitlines(keepends=True)
+    end = 0
+    for _ in range(n):
+        end += 2 + int(lines[end])
+    return "".join(lines[:end])
+
+
+@pytest.fixture(scope="session")
+def molecule_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store of 90 shipped molecular frames: gfn2 (E, F), pbe (E, F), ccsdt (E); splits train, val, test."""
+    from mffm.config.base import validate
+    from mffm.config.data import DataConfig
+    from mffm.data.ingest import ingest
+
+    folder = tmp_path_factory.mktemp("molecules")
+    (folder / "molecules.extxyz").write_text(first_frames(90))
+    config = {
+        "store": str(folder / "store"),
+        "fidelities": {
+            "gfn2": {"level_of_theory": "GFN2-xTB"},
+            "pbe": {"level_of_theory": "PBE/def2-SVP"},
+            "ccsdt": {"level_of_theory": "CCSD(T)/cc-pVDZ"},
+        },
+        "sources": [
+            {
+                "name": "molecules",
+                "path": "molecules.extxyz",
+                "frame_key": "frame_id",
+                "group_key": "molecule",
+                "licence": "MIT",
+                "labels": {
+                    "gfn2": {"energy": "energy_gfn2", "forces": "forces_gfn2"},
+                    "pbe": {"energy": "energy_pbe", "forces": "forces_pbe"},
+                    "ccsdt": {"energy": "energy_ccsdt"},
+                },
+            }
+        ],
+        "splits": {"fractions": {"train": 0.6, "val": 0.2, "test": 0.2}},
+        "cutoffs": [CUTOFF],
+    }
+    ingest(validate(DataConfig, config, "test"), folder, progress=False)
+    return folder / "store"
+
+
+def tiny_recipe(store: Path, run: Path) -> dict[str, Any]:
+    """Return a recipe of seconds: two fidelities, two microbatches, delta heads, conditioning."""
+    return {
+        "name": "tiny",
+        "run": str(run),
+        "data": {
+            "store": str(store),
+            "plan": {
+                "pools": [
+                    {"fidelity": "gfn2", "properties": ["energy", "forces"]},
+                    {"fidelity": "pbe", "properties": ["energy"], "max_frames": 20},
+                ],
+                "edge_budget": 600,
+                "edges_per_microbatch": 300,
+            },
+            "validation_max_frames": 8,
+        },
+        "model": {"backbone": TINY_BACKBONE, "conditioning": {"kind": "onehot"}, "heads": {"kind": "delta", "base": "gfn2", "hidden": [8]}},
+        "train": {"steps": 6, "validate_every": 3, "save_every": 3, "log_every": 1, "threads": 1},
+        "optim": {"warmup_steps": 2},
+        "log": {"wandb": "off"},
+    }
+
+
+@pytest.fixture
+def make_recipe(molecule_store: Path, tmp_path: Path) -> Callable[..., Path]:
+    """Return a function that writes a tiny recipe with changes and returns its path; the run goes to tmp_path/run."""
+
+    def make(name: str = "recipe", **sections: Any) -> Path:
+        recipe = tiny_recipe(molecule_store, tmp_path / "run")
+        for key, value in sections.items():
+            recipe[key] = {**recipe[key], **value} if isinstance(value, dict) and isinstance(recipe.get(key), dict) else value
+        path = tmp_path / f"{name}.yaml"
+        path.write_text(yaml.safe_dump(recipe))
+        return path
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_run(molecule_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a finished tiny run; not to be changed by tests."""
+    folder = tmp_path_factory.mktemp("tiny")
+    recipe = folder / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(tiny_recipe(molecule_store, folder / "run")))
+    done = mffm("train", str(recipe))
+    assert done.returncode == 0, done.stderr
+    return folder / "run"
+
+
+@pytest.fixture(scope="session")
+def tiny_release(tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A release of the tiny run; not to be changed by tests."""
+    from mffm.release import save
+
+    return save(tiny_run, tmp_path_factory.mktemp("release") / "tiny-release")
+
+
+def mffm(*arguments: str, **kwargs: Any) -> subprocess.CompletedProcess[str]:
+    """Run the command line in a process of its own."""
+    return subprocess.run([sys.executable, "-m", "mffm", *arguments], capture_output=True, text=True, timeout=280, **kwargs)

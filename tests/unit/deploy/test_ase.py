@@ -1,0 +1,89 @@
+"""The ASE calculator: finite differences, units, dtypes, and errors that list what is known."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from ase import Atoms
+from ase.build import bulk, molecule
+
+from mffm.batch import reference_energy
+from mffm.data.loader import evaluation_batches
+from mffm.data.store import Store
+from mffm.deploy.ase import Calculator
+from mffm.errors import InputError
+from mffm.release import load
+
+
+def test_equals_the_potential_with_references(tiny_release: Path, molecule_store: Path):
+    store, loaded = Store(molecule_store), load(tiny_release)
+    rows = store.rows(split="test", fidelity="pbe")[:3]
+    batch = next(iter(evaluation_batches(store, rows, "pbe", loaded.fidelities, 4.0, 10**6)))
+    prediction = loaded.potential(batch, forces=True)
+    total = prediction.energy.double() + reference_energy(batch, loaded.spec.reference_table())
+    start = 0
+    for i, row in enumerate(batch.rows.tolist()):
+        numbers, positions, _, _ = store.geometry(row)
+        atoms = Atoms(numbers, positions, calculator=Calculator(tiny_release, fidelity="pbe"))
+        stop = start + len(atoms)
+        assert atoms.get_potential_energy() == pytest.approx(float(total[i]), abs=1e-4)
+        np.testing.assert_allclose(atoms.get_forces(), prediction.forces[start:stop].numpy(), atol=1e-4)
+        assert atoms.calc.results["energies"].sum() == pytest.approx(atoms.get_potential_energy(), abs=1e-4)
+        start = stop
+
+
+def test_forces_and_stress_are_derivatives(tiny_release: Path):
+    atoms = bulk("C", "diamond", 3.6, cubic=True).repeat((1, 1, 1))
+    atoms.numbers[:2] = 7
+    atoms.rattle(0.05, seed=3)
+    atoms.calc = Calculator(tiny_release, fidelity="gfn2", dtype="float64")
+    numeric = atoms.calc.calculate_numerical_forces(atoms, d=1e-4)
+    np.testing.assert_allclose(atoms.get_forces(), numeric, atol=1e-6)
+    stress = atoms.get_stress()
+    strained = []
+    for sign in (1, -1):
+        other = atoms.copy()
+        other.set_cell(atoms.cell.array @ (np.eye(3) + sign * 1e-4 * np.array([[1, 0, 0], [0, 0, 0.5], [0, 0.5, 0]])), scale_atoms=True)
+        other.calc = atoms.calc
+        strained.append(other.get_potential_energy())
+    expected = (strained[0] - strained[1]) / 2e-4 / atoms.get_volume()
+    assert stress[0] + stress[3] == pytest.approx(expected, abs=1e-6)
+
+
+def test_fidelities_differ_and_none_is_the_default(tiny_release: Path):
+    atoms = molecule("CH3CH2OH")
+    energies = {}
+    for name in ("gfn2", "pbe"):
+        atoms.calc = Calculator(tiny_release, fidelity=name)
+        energies[name] = atoms.get_potential_energy()
+    assert energies["pbe"] < energies["gfn2"] - 1000, "PBE is all-electron, GFN2 counts valence electrons"
+    with pytest.raises(TypeError, match="fidelity"):
+        Calculator(tiny_release)
+    with pytest.raises(InputError, match="unknown fidelity 'scan'; known fidelities: gfn2, pbe"):
+        Calculator(tiny_release, fidelity="scan")
+    with pytest.raises(InputError, match="float32, float64"):
+        Calculator(tiny_release, fidelity="pbe", dtype="half")
+
+
+def test_unknown_element_lists_the_known(tiny_release: Path):
+    atoms = molecule("SiH4")
+    atoms.calc = Calculator(tiny_release, fidelity="pbe")
+    with pytest.raises(InputError, match="element Si is unknown.*known elements: .*C.*H"):
+        atoms.get_potential_energy()
+
+
+def test_single_precision_is_close_to_double(tiny_release: Path):
+    atoms = molecule("CH3CH2OH")
+    values = []
+    for dtype in ("float32", "float64"):
+        atoms.calc = Calculator(tiny_release, fidelity="pbe", dtype=dtype)
+        values.append((atoms.get_potential_energy(), atoms.get_forces()))
+    assert values[0][0] == pytest.approx(values[1][0], abs=1e-4)
+    np.testing.assert_allclose(values[0][1], values[1][1], atol=1e-4)
+
+
+def test_one_atom_and_no_stress_without_a_cell(tiny_release: Path):
+    atoms = Atoms("H", calculator=Calculator(tiny_release, fidelity="gfn2"))
+    assert np.isfinite(atoms.get_potential_energy())
+    assert (atoms.get_forces() == 0).all()
+    assert "stress" not in atoms.calc.results

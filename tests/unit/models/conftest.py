@@ -1,0 +1,159 @@
+"""A brute-force batch builder (an oracle independent of vesin and of the loader) and tiny potentials of every kind."""
+
+import itertools
+from collections.abc import Sequence
+from functools import lru_cache
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from mffm.batch import Batch
+from mffm.config.model import ConditioningConfig, DensityConfig, HeadsConfig, ModelConfig
+from mffm.models.potential import Potential
+
+CUTOFF = 4.0
+FIDELITIES = ("gfn2", "pbe", "ccsdt")
+System = tuple[np.ndarray, np.ndarray, np.ndarray | None]  # numbers, positions, cell
+
+BACKBONES = {
+    "default": {},
+    "invariant": {"lmax": 0, "l_message": 0, "body_order": 2},
+    "quartic": {"lmax": 3, "l_message": 2, "body_order": 4, "layers": 3, "ff_expansion": 1},
+    "single": {"lmax": 4, "l_message": 0, "layers": 1},
+}
+TINY = {"cutoff": CUTOFF, "channels": 8, "edge_channels": 4, "radial_hidden": 8, "n_radial": 4}
+
+
+def edges(positions: np.ndarray, cell: np.ndarray | None, cutoff: float) -> list[tuple[int, int, tuple[int, ...], np.ndarray]]:
+    """Return every (receiver, sender, shift, vector) with 0 < length < cutoff, by trying all images in reach."""
+    shifts: list[tuple[int, ...]] = [(0, 0, 0)]
+    if cell is not None:
+        spread = np.linalg.norm(positions[:, None] - positions, axis=-1).max()
+        widths = 1 / np.linalg.norm(np.linalg.inv(cell), axis=0)  # distances of opposite faces
+        reach = [int(np.ceil((cutoff + spread) / width)) for width in widths]
+        shifts = list(itertools.product(*(range(-n, n + 1) for n in reach)))
+    found = []
+    for shift in shifts:
+        offset = np.zeros(3) if cell is None else np.array(shift) @ cell
+        vectors = positions[None] - positions[:, None] + offset
+        lengths = np.linalg.norm(vectors, axis=-1)
+        for i, j in zip(*np.nonzero((lengths < cutoff) & (lengths > 1e-9)), strict=True):
+            found.append((int(i), int(j), shift, vectors[i, j]))
+    return found
+
+
+def build_batch(
+    systems: Sequence[System], fidelity_idx: Sequence[int] | None = None, dtype: torch.dtype = torch.float64, cutoff: float = CUTOFF
+) -> Batch:
+    """Return systems as a batch without labels."""
+    lists = [edges(p, c, cutoff) for _, p, c in systems]
+    offsets = np.cumsum([0] + [len(n) for n, _, _ in systems])
+    n_atoms = int(offsets[-1])
+    counts = np.zeros(n_atoms, int)
+    slots: dict[tuple[int, int, int, tuple[int, ...]], int] = {}
+    for s, found in enumerate(lists):
+        for i, j, shift, _ in found:
+            slots[s, i, j, shift] = counts[offsets[s] + i]
+            counts[offsets[s] + i] += 1
+    k = max(int(counts.max()), 1)
+    neighbors = np.repeat(np.arange(n_atoms)[:, None], k, 1)
+    reverse = np.arange(n_atoms * k).reshape(n_atoms, k)
+    mask = np.zeros((n_atoms, k), bool)
+    vectors = np.zeros((n_atoms, k, 3))
+    vectors[..., 0] = 2 * cutoff
+    for s, found in enumerate(lists):
+        for i, j, shift, vector in found:
+            row, slot = offsets[s] + i, slots[s, i, j, shift]
+            neighbors[row, slot], mask[row, slot], vectors[row, slot] = offsets[s] + j, True, vector
+            back = slots[s, j, i, tuple(-n for n in shift)]
+            reverse[row, slot] = (offsets[s] + j) * k + back
+    zero = np.zeros(len(systems), dtype=np.int64)
+    cells = np.stack([np.zeros((3, 3)) if c is None else c for _, _, c in systems])
+    sizes = np.diff(offsets)
+
+    def tensor(array: np.ndarray, kind: torch.dtype) -> torch.Tensor:
+        return torch.as_tensor(array).to(kind)
+
+    return Batch(
+        atomic_numbers=tensor(np.concatenate([n for n, _, _ in systems]), torch.int64),
+        positions=tensor(np.concatenate([p for _, p, _ in systems]), dtype),
+        cell=tensor(cells, dtype),
+        neighbors=tensor(neighbors, torch.int64),
+        neighbor_mask=tensor(mask, torch.bool),
+        edge_vectors=tensor(vectors, dtype),
+        reverse=tensor(reverse, torch.int64),
+        system_idx=tensor(np.repeat(np.arange(len(systems)), sizes), torch.int64),
+        fidelity_idx=tensor(zero if fidelity_idx is None else np.array(fidelity_idx), torch.int64),
+        n_atoms=tensor(sizes, torch.int64),
+        volume=tensor(np.abs(np.linalg.det(cells)), dtype),
+        charge=tensor(zero, torch.int64),
+        spin_multiplicity=tensor(zero, torch.int64),
+        labels={},
+        masks={},
+        weights={},
+        rows=tensor(zero, torch.int64),
+    )
+
+
+def molecule(seed: int = 0, n: int = 5) -> System:
+    """A loose random molecule without short contacts: all neighbors within the cutoff, none of the pairs symmetric."""
+    rng = np.random.default_rng(seed)
+    positions = rng.normal(size=(1, 3))
+    while len(positions) < n:
+        trial = positions[rng.integers(len(positions))] + rng.normal(size=3)
+        if np.linalg.norm(positions - trial, axis=1).min() > 0.9:
+            positions = np.vstack([positions, trial])
+    return rng.choice([1, 6, 8], size=n), positions, None
+
+
+def crystal(seed: int = 1) -> System:
+    """Two atoms in a triclinic cell smaller than the cutoff: an atom neighbors its own images."""
+    rng = np.random.default_rng(seed)
+    cell = np.array([[2.9, 0.1, 0.0], [0.9, 3.1, 0.2], [-0.3, 0.4, 3.3]])
+    positions = np.array([[0.0, 0.0, 0.0], [0.45, 0.52, 0.55]]) @ cell + rng.normal(scale=0.1, size=(2, 3))
+    return np.array([14, 8]), positions, cell
+
+
+def make_config(backbone: str = "default", conditioning: str = "none", heads: str = "shared", **changes: object) -> ModelConfig:
+    return ModelConfig(
+        backbone=DensityConfig(**{**TINY, **BACKBONES[backbone]}),
+        conditioning=ConditioningConfig(kind=conditioning, dim=3, zero_init=bool(changes.get("zero_init", False))),
+        heads=HeadsConfig(kind=heads, hidden=[6], base="pbe" if heads == "delta" else None),
+    )
+
+
+@lru_cache(maxsize=None)
+def make_potential(backbone: str = "default", conditioning: str = "none", heads: str = "shared") -> Potential:
+    """A tiny float64 potential in which no parameter is zero; cached, so tests do not change it."""
+    torch.manual_seed(0)
+    potential = Potential(make_config(backbone, conditioning, heads), FIDELITIES, avg_neighbors=6.0, scale=1.3).double()
+    with torch.no_grad():
+        for parameter in potential.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+        if heads == "delta":  # the base has no correction
+            correction = potential.learned.heads.correction
+            for last in (correction.weights[-1], correction.biases[-1]):
+                last[FIDELITIES.index("pbe")] = 0
+    return potential.eval()
+
+
+@pytest.fixture
+def kit() -> SimpleNamespace:
+    """The functions of this file: test modules cannot import each other."""
+    return SimpleNamespace(
+        batch=build_batch, molecule=molecule, crystal=crystal, config=make_config, potential=make_potential, cutoff=CUTOFF, fidelities=FIDELITIES
+    )
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Every law runs on every backbone with every conditioning and every kind of heads."""
+    if "potential" in metafunc.fixturenames:
+        kinds = itertools.product(BACKBONES, ("none", "onehot", "embedding", "film"), ("shared", "independent", "delta"))
+        metafunc.parametrize("potential", list(kinds), indirect=True, ids="-".join)
+
+
+@pytest.fixture
+def potential(request: pytest.FixtureRequest) -> Potential:
+    return make_potential(*request.param)

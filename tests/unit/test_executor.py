@@ -1,0 +1,54 @@
+import sys
+import threading
+import time
+from pathlib import Path
+
+from mffm.executor import Job, LocalExecutor
+
+
+def python(code: str) -> list[str]:
+    return [sys.executable, "-c", code]
+
+
+def test_order_failure_and_logs(tmp_path: Path):
+    jobs = [
+        Job("c", python("raise SystemExit(1)"), tmp_path / "c.log", after=("a",)),
+        Job("a", python("import os; print('value', os.environ['X'])"), tmp_path / "a.log", {"X": "7"}),
+        Job("d", python("print(1)"), tmp_path / "d.log", after=("c",)),
+    ]
+    seen = []
+    states = LocalExecutor(2, poll_seconds=0.02).run(jobs, lambda s: seen.append(dict(s)))
+    assert states == {"a": "done", "c": "failed", "d": "failed"}
+    assert (tmp_path / "a.log").read_text() == "value 7\n"
+    assert not (tmp_path / "d.log").exists(), "a job whose predecessor failed must not start"
+    assert seen[0]["c"] == "waiting"
+
+
+def test_workers_bound_what_runs_at_once(tmp_path: Path):
+    jobs = [Job(str(i), python("import time; time.sleep(0.2)"), tmp_path / f"{i}.log") for i in range(4)]
+    most = 0
+
+    def report(states):
+        nonlocal most
+        most = max(most, sum(s == "running" for s in states.values()))
+
+    LocalExecutor(2, poll_seconds=0.02).run(jobs, report)
+    assert most == 2
+
+
+def test_interrupt_ends_the_processes(tmp_path: Path):
+    marker = tmp_path / "alive"
+    code = f"import time, pathlib\nfor i in range(100):\n    pathlib.Path({str(marker)!r}).write_text(str(i)); time.sleep(0.05)"
+
+    def report(states):
+        if marker.exists():
+            raise KeyboardInterrupt
+
+    try:
+        LocalExecutor(1, poll_seconds=0.02).run([Job("a", python(code), tmp_path / "a.log")], report)
+    except KeyboardInterrupt:
+        pass
+    before = marker.read_text()
+    time.sleep(0.2)
+    assert marker.read_text() == before
+    assert threading.active_count() >= 1
