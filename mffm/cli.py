@@ -46,7 +46,18 @@ def ingest(
         report = ingest_module.ingest(data, config.parent, store)
     else:
         report = ingest_module.add_labels(store or Path(data.store), data, config.parent, add_labels)
-    console.print(report.summary(), highlight=False, markup=False)
+    if report.already_complete:
+        console.print(f"{report.store}: complete already, with the same data and configuration", highlight=False)
+    splits = [*report.split_frames, "all"]
+    table = Table("fidelity", "property", *splits, title=f"{report.store}: {report.n_frames:,} frames, {report.n_rejected:,} rejected")
+    for fidelity, properties in report.label_counts["all"].items():
+        for prop in properties:
+            counts = [report.label_counts.get(s, {}).get(fidelity, {}).get(prop, 0) for s in splits]
+            table.add_row(fidelity, prop, *(f"{n:,}" for n in counts))
+    console.print(table)
+    for warning in report.warnings:
+        console.print(f"warning: {warning}", highlight=False, markup=False)
+    console.print(f"report: {report.path}", highlight=False)
 
 
 @app.command()

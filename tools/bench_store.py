@@ -152,7 +152,8 @@ def main() -> None:
         store = Store(folder / "read")
         size = sum(f.stat().st_size for f in (folder / "read").rglob("*") if f.is_file()) / store.n_frames
         print(
-            f"# Store\n\n{platform.processor() or platform.machine()}, one core, CPU time; Python {platform.python_version()}\n"
+            f"# Store\n\n{platform.processor() or platform.machine()}, one core, CPU time; "
+            f"Python {platform.python_version()}\n"
         )
         print(f"## Read and decode: {arguments.atoms} atoms with E, F, S, random order, {size:.0f} bytes a frame\n")
         print("| how | frames/s/core |\n|---|---|")

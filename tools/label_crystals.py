@@ -95,7 +95,8 @@ def generate_compounds(n_each: int, seed: int) -> list[Atoms]:
             for index in range(n_each):
                 cell = bulk(compound, structure, a=length, cubic=True)
                 distort(cell, rng, 0.05, 0.04, 0.15)
-                cell.info.update(frame_id=f"{structure}-{compound}-{index}", structure=structure, compound=compound)
+                name = f"{structure}-{compound}-{index}{_suffix(seed)}"
+                cell.info.update(frame_id=name, structure=structure, compound=compound)
                 cell.info["kmesh"] = np.array(GENERATED_MESH)
                 cells.append(cell)
     return cells
@@ -121,11 +122,17 @@ def generate_alloys(n_each: int, seed: int) -> list[Atoms]:
                 if index:
                     distort(cell, rng, 0.02, 0.02, 0.10)
                 name = f"{first}{second}{anion}"
-                cell.info.update(frame_id=f"alloy-{structure}-{name}-{n_second}-{index}", structure=structure)
+                frame_id = f"alloy-{structure}-{name}-{n_second}-{index}{_suffix(seed)}"
+                cell.info.update(frame_id=frame_id, structure=structure)
                 cell.info.update(pseudo_binary=name, n_second=n_second, ideal=index == 0, holdout=name in HOLDOUT)
                 cell.info["kmesh"] = np.array(GENERATED_MESH)
                 cells.append(cell)
     return cells
+
+
+def _suffix(seed: int) -> str:
+    """Return what tells frames of other seeds from the shipped ones (seed 0) by name."""
+    return f"-s{seed}" if seed else ""
 
 
 def _length(structure: str, cation: str, anion: str) -> float:

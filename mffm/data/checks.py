@@ -218,8 +218,8 @@ def check_sample(fidelity: str, counts: np.ndarray, energies: np.ndarray, rows: 
                 Finding(
                     "energy_unit",
                     fidelity,
-                    f"energies look like {unit} read as eV: energy / all-electron atomic energies in Hartree has median "
-                    f"{middle:.4g} over {len(rows)} frames (27.2 were eV); give labels.{fidelity}.energy.unit: {unit}",
+                    f"energies look like {unit} read as eV: energy / all-electron atomic energies in Hartree has "
+                    f"median {middle:.4g} over {len(rows)} frames (27.2 were eV); give labels.{fidelity}.energy.unit: {unit}",
                 )
             )
     _, residual = element_fit(counts, energies)
@@ -230,8 +230,8 @@ def check_sample(fidelity: str, counts: np.ndarray, energies: np.ndarray, rows: 
             Finding(
                 "energy_unit",
                 fidelity,
-                f"after the element-reference fit energies still scatter by {width:.3g} eV/atom (chemistry: below 1); a wrong "
-                "unit (kcal/mol read as eV: ×23), or structures that do not belong together",
+                f"after the element-reference fit energies still scatter by {width:.3g} eV/atom (chemistry: below 1); "
+                "a wrong unit (kcal/mol read as eV: ×23), or structures that do not belong together",
             )
         )
     far = np.abs(residual - center)
@@ -242,8 +242,8 @@ def check_sample(fidelity: str, counts: np.ndarray, energies: np.ndarray, rows: 
             Finding(
                 "outliers",
                 fidelity,
-                f"{n_far} of {len(rows)} sampled energies are more than 20 median deviations ({20 * width:.3g} eV/atom) from the "
-                f"element-reference fit; farthest: row {int(rows[worst])}, {residual[worst]:.3g} eV/atom",
+                f"{n_far} of {len(rows)} sampled energies are more than 20 median deviations "
+                f"({20 * width:.3g} eV/atom) from the element-reference fit; farthest: row {int(rows[worst])}, {residual[worst]:.3g} eV/atom",
             )
         )
     if float(np.median(np.abs(energies) / n_atoms)) < 0.5 and float(energies.std()) > 0:
@@ -251,8 +251,8 @@ def check_sample(fidelity: str, counts: np.ndarray, energies: np.ndarray, rows: 
             Finding(
                 "relative_energies",
                 fidelity,
-                f"energies look relative to some zero (median {np.median(energies):.3g} eV): fine within one composition, "
-                "not comparable between compositions",
+                f"energies look relative to some zero (median {np.median(energies):.3g} eV): "
+                "fine within one composition, not comparable between compositions",
             )
         )
     return findings
@@ -273,7 +273,8 @@ def check_large_forces(fidelity: str, packed: "Packed", rows: np.ndarray) -> lis
         Finding(
             "outliers",
             fidelity,
-            f"{n} of {len(rows)} sampled frames have a force beyond 100 eV/Å; largest {largest[worst]:.3g} in row {int(rows[worst])}",
+            f"{n} of {len(rows)} sampled frames have a force beyond 100 eV/Å; "
+            f"largest {largest[worst]:.3g} in row {int(rows[worst])}",
         )
     ]
 
@@ -366,7 +367,10 @@ def _judge_forces(fidelity: str, pairs: np.ndarray) -> list[Finding]:
         return []
     if 0.5 < slope < 2.0:
         return []
-    evidence = f"between {len(pairs)} pairs of similar frames energy changes by {slope:.4g} × the work of the forces (r² {r2:.2f})"
+    evidence = (
+        f"between {len(pairs)} pairs of similar frames energy changes by {slope:.4g} × the work of the forces "
+        f"(r² {r2:.2f})"
+    )
     readings = [f"energy in {u}" for u, v in _PER_EV.items() if 0.75 < abs(slope) / v < 1.33]
     readings += [f"forces in {u}" for u, v in _FORCES_PER_EV.items() if 0.75 < abs(slope) * v < 1.33]
     if slope < 0:
@@ -403,8 +407,8 @@ def _judge_stress(fidelity: str, trends: Sequence[tuple[float, float, int]]) -> 
             Finding(
                 "stress_unit",
                 fidelity,
-                f"stress changes with volume like a bulk modulus of {bulk * 160.2:.4g} GPa ({evidence}; diamond has 440): "
-                f"stress in {unit} read as eV/Å³",
+                f"stress changes with volume like a bulk modulus of {bulk * 160.2:.4g} GPa "
+                f"({evidence}; diamond has 440): stress in {unit} read as eV/Å³",
             )
         )
     return findings

@@ -325,7 +325,8 @@ def _read_sources(
         staging.commit()
         first = next(staging.rejected())
         raise InputError(
-            f"no usable frame, {state['n_rejected']} rejected; the first: {first['file']}:{first['index']}: {first['reason']}"
+            f"no usable frame, {state['n_rejected']} rejected; "
+            f"the first: {first['file']}:{first['index']}: {first['reason']}"
         )
     state["reading_done"] = True
     staging.commit()

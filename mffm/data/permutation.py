@@ -21,7 +21,8 @@ def permute(places: np.ndarray, size: int, key: np.ndarray) -> np.ndarray:
     """Return what stands at ``places`` of a permutation of 0..size-1 that ``key`` chooses.
 
     Up to ``SMALL`` the places are sorted by a hash. Beyond, a Feistel network runs over pairs (l, r) with l < a, r < b
-    and a·b just above ``size``; the few results beyond the end walk on along their cycle (Black and Rogaway, CT-RSA 2002).
+    and a·b just above ``size``; the few results beyond the end walk on along their cycle
+    (Black and Rogaway, CT-RSA 2002).
 
     Args:
         places: [n] int64, each in 0..size-1.

@@ -180,7 +180,6 @@ class Products(nn.Module):
         out = [channels] * (l_out + 1)
         gain = 1 / sqrt(body_order - 1)
         self.linear = DegreeLinear(out, out, gain)
-        self.norm = DegreeNorm(lmax, channels)
         self.square_linear: DegreeLinear | None = None
         self.cube_linear: DegreeLinear | None = None
         self._cube: Bilinear | None = None
@@ -198,12 +197,9 @@ class Products(nn.Module):
             self.cube_linear = DegreeLinear(inputs, out, gain, bias=False)
 
     def forward(self, x: list[Tensor], onto: list[Tensor | None]) -> list[Tensor]:
-        import os
-        V = os.environ.get("VAR", "1")
-        y = x if V == "3" else self.norm(x)
-        out = self.linear(x if V == "2" else y)
+        out = self.linear(x)
         if self.square_linear is not None:
-            packed = torch.cat(y)
+            packed = torch.cat(x)
             squares = by_degree(self._square(packed), self._square_paths)
             if self.cube_linear is None:
                 out = self.square_linear(squares, out)

@@ -16,7 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state, safe_set_full_fp32_param, safe_set_full_optimizer_state
+from deepspeed.utils import (
+    lazy_init_hp_params_optimizer_state,
+    safe_get_full_fp32_param,
+    safe_get_full_optimizer_state,
+    safe_set_full_fp32_param,
+    safe_set_full_optimizer_state,
+)
 from torch import Tensor, nn
 
 from mffm import distributed
@@ -43,12 +49,24 @@ def _full(engine: Any, parameter: nn.Parameter, state: str | None) -> Tensor:
     return value
 
 
+def _link_states(engine: Any) -> None:
+    """Let ``safe_get_full_optimizer_state`` find the state of every parameter group.
+
+    DeepSpeed 0.19.8 links once, after the step of the *first* group, when the others have no state yet.
+    """
+    optimizer = engine.optimizer
+    for parameters, flat in zip(optimizer.bit16_groups, optimizer.single_partition_of_fp32_groups, strict=True):
+        lazy_init_hp_params_optimizer_state(parameters, flat, optimizer.optimizer.state)
+
+
 def save(folder: Path, engine: Any, module: nn.Module, ema: MovingAverage, state: TrainState, keep: int) -> Path:
     """Write a checkpoint. Every rank must call this; rank 0 writes.
 
     A half-written one keeps its ``.partial`` name and is never loaded; ``latest`` moves last.
     """
     weights = master_weights(engine, module)
+    if engine.zero_optimization_stage() > 0:
+        _link_states(engine)
     moments = {
         f"{key}/{name}": _full(engine, p, key).detach().cpu().clone() for name, p in module.named_parameters() for key in OPTIMIZER_STATES
     }
@@ -136,6 +154,12 @@ def restore(path: Path, engine: Any, module: nn.Module, ema: MovingAverage, stat
             raise InputError(f"{path}: its tensors are of another model; first differing one: {sorted(found ^ wanted)[0]}")
     device = next(module.parameters()).device
     stage = engine.zero_optimization_stage()
+    inner = engine.optimizer if stage == 0 else engine.optimizer.optimizer
+    for group in inner.param_groups:
+        for p in group["params"]:  # what AdamW makes at its first step
+            inner.state[p] = {"step": torch.tensor(float(state.step)), **{k: torch.zeros_like(p) for k in OPTIMIZER_STATES}}
+    if stage > 0:
+        _link_states(engine)
     with torch.no_grad():
         for name, p in module.named_parameters():
             p.copy_(weights[name])
@@ -144,11 +168,7 @@ def restore(path: Path, engine: Any, module: nn.Module, ema: MovingAverage, stat
             for key in OPTIMIZER_STATES:
                 value = moments[f"{key}/{name}"].to(device)
                 if stage == 0:
-                    engine.optimizer.state[p][key] = value
+                    inner.state[p][key].copy_(value)
                 else:
                     safe_set_full_optimizer_state(p, value, key)
-    inner = engine.optimizer if stage == 0 else engine.optimizer.optimizer
-    for group in inner.param_groups:
-        for p in group["params"]:
-            inner.state[p]["step"] = torch.tensor(float(state.step))
     ema.load({k: v.to(device) for k, v in read_weights(path / "ema.safetensors").items()}, state.ema_updates)

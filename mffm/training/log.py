@@ -6,13 +6,16 @@ Metric names: ``train/loss``, ``train/<fidelity>/<property>`` (share of the loss
 """
 
 import json
+import netrc
 import os
+import secrets
 import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal
+from urllib.parse import urlparse
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -58,15 +61,13 @@ class RunLog:
             self._wandb.finish(exit_code=0 if kind is None else 1)
 
     def _start_wandb(self, run: Path, config: LogSection, name: str, resolved: Mapping[str, Any]) -> None:
-        mode = config.wandb
+        mode = config.wandb if config.wandb != "auto" else wandb_mode()
         if mode == "off":
             return
         import wandb
 
-        if mode == "auto":
-            mode = "online" if os.environ.get("WANDB_API_KEY") or wandb.api.api_key else "offline"
         os.environ.setdefault("WANDB_SILENT", "true")
-        self.wandb_id = self.wandb_id or wandb.util.generate_id()
+        self.wandb_id = self.wandb_id or secrets.token_hex(4)
         self._wandb = wandb.init(
             project=config.project, name=name, group=config.group, id=self.wandb_id, resume="allow", mode=mode, dir=str(run), config=dict(resolved)
         )
@@ -95,6 +96,20 @@ class RunLog:
         """Print one line."""
         if self.active:
             self.console.print(text, highlight=False, soft_wrap=True)
+
+
+def wandb_mode() -> Literal["online", "offline"]:
+    """Return what ``auto`` means here: WANDB_MODE where it is set, else online with a key or a netrc entry, else offline."""
+    if os.environ.get("WANDB_MODE") in ("online", "offline"):
+        return "online" if os.environ["WANDB_MODE"] == "online" else "offline"
+    if os.environ.get("WANDB_API_KEY"):
+        return "online"
+    host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
+    try:
+        found = netrc.netrc(os.environ.get("NETRC")).authenticators(host)
+    except (OSError, netrc.NetrcParseError):
+        return "offline"
+    return "online" if found else "offline"
 
 
 def _truncate(path: Path, step: int) -> None:

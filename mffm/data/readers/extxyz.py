@@ -113,7 +113,8 @@ def parse_frame(n: int, comment: bytes, block: bytes, want: Wanted, file: str, i
         width = place[""][1]
         if len(tokens) != n * width:
             raise BadFrameError(
-                f"{n} atoms with {width} columns are {n * width} values, found {len(tokens)}: a line is cut short or too long"
+                f"{n} atoms with {width} columns are {n * width} values, found {len(tokens)}: "
+                "a line is cut short or too long"
             )
         if "pos" not in place:
             raise BadFrameError("Properties has no 'pos'")

@@ -244,7 +244,8 @@ def test_evaluation_batches_hold_each_row_once_largest_first(loader_store):
 
 
 def test_every_world_size_reads_the_same_systems_and_counts_are_the_masks(loader_store):
-    plan = loader_plan(loader_store, edges_per_microbatch=120)
+    entries = [{"fidelity": "hf"}, {"fidelity": "lf", "properties": ["energy", "stress"]}]  # the forces exist
+    plan = loader_plan(loader_store, entries=entries, edges_per_microbatch=120)
     reference = None
     for world in (1, 2, 8):
         loaders = [

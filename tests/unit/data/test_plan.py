@@ -135,6 +135,15 @@ def test_a_step_is_a_pure_function_of_the_cursor():
     assert after == after_again
 
 
+def test_steps_do_not_depend_on_how_far_the_draws_are_looked_ahead():
+    pools = [plan_pool("a", weight=40.0), plan_pool("b", 1, rows=70, weight=2.0), plan_pool("c", 2, rows=3, weight=1.0)]
+    expected, _ = run_steps(Plan(pools, plan_config(), seed=2), 12)
+    for n_draws in (1, 5000, *range(26, 62, 4)):  # a step takes about 45
+        plan = Plan(pools, plan_config(), seed=2)
+        plan._guess = n_draws
+        assert [items(s) for s in run_steps(plan, 12)[0]] == [items(s) for s in expected]
+
+
 @pytest.mark.parametrize("content", [{}, {"step": 1}, {"step": 1, "streams": [[1]]}, {"step": "x", "streams": []}])
 def test_a_damaged_cursor_is_an_input_error(content):
     with pytest.raises(InputError, match="cursor"):
@@ -159,6 +168,7 @@ def test_explicit_weights_are_met_at_every_moment():
     wanted = np.array(weights) / sum(weights)
     for n in (10, 100, 1000, len(drawn)):
         assert np.abs(np.bincount(drawn[:n], minlength=3) - wanted * n).max() < 1.5  # remainders carry over
+    assert np.flatnonzero(drawn == 2)[0] == pytest.approx(0.5 / wanted[2], abs=2)  # half a period in, not a whole one
     assert np.bincount(drawn, minlength=3)[2] >= 10  # the rare one came, though a step holds a fraction of a draw of it
 
 

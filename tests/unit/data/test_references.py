@@ -8,6 +8,7 @@ from ase.data import atomic_numbers
 
 from mffm.config.recipe import ReferencesConfig
 from mffm.data.references import ElementReferences, fit
+from mffm.data.store import Store
 from mffm.errors import InputError
 from mffm.fidelity import Fidelity, FidelityTable
 from mffm.keys import N_ELEMENTS
@@ -157,6 +158,19 @@ def test_an_element_in_one_frame_of_many_is_determined():
     references = LabelStore(compositions, pbe=compositions @ vector(ALL_ELECTRON)).fit()
     assert references.value("pbe", "Si") == pytest.approx(ALL_ELECTRON["Si"], abs=1e-6)
     assert references.report["pbe"]["rank"] == 3
+
+
+def test_elements_that_part_in_a_single_frame_are_determined():
+    """The weakest direction that labels can have, at energies of 1e7 eV: without refinement it is off by 3 meV."""
+    formulas = random_formulas(2000, "HC")
+    for i, formula in enumerate(formulas):
+        formula.update({"Si": 1 + i % 30, "Au": 2 * (1 + i % 30)})
+    compositions = compositions_of([*formulas, {"H": 1, "Si": 30, "Au": 61}])
+    references = LabelStore(compositions, pbe=compositions @ vector(ALL_ELECTRON)).fit()
+    for symbol in ("H", "C", "Si", "Au"):
+        assert references.value("pbe", symbol) == pytest.approx(ALL_ELECTRON[symbol], rel=1e-12, abs=1e-7)
+    assert references.report["pbe"]["rank"] == 4
+    assert references.report["pbe"]["condition_number"] > 1000
 
 
 # Paired residual
@@ -332,3 +346,17 @@ def test_report_names_what_is_weak():
     assert "| N O |" in text
     assert "warning: no label of hf contains N O" in text
     assert "| C | " in text
+
+
+def test_on_a_real_store(molecule_store):
+    """GFN2 is valence-only, the others all-electron; five CCSD(T) labels stand on PBE's references."""
+    store = Store(molecule_store)
+    rows = {f: store.rows(split="train", fidelity=f, prop="energy") for f in store.fidelities.names}
+    rows["ccsdt"] = rows["ccsdt"][:5]
+    references = fit(store, store.fidelities.names, rows, ReferencesConfig(anchor="pbe"))
+    assert references.report["pbe"]["n_labels"] == len(rows["pbe"])
+    assert references.value("gfn2", "C") == pytest.approx(-57, abs=15)
+    assert references.value("pbe", "C") == pytest.approx(-1034, abs=15)
+    assert references.report["ccsdt"]["method"] == "paired"
+    residual = store.energies("ccsdt", rows["ccsdt"]) - references.energies("ccsdt", store.composition(rows["ccsdt"]))
+    assert np.abs(residual / store.n_atoms[rows["ccsdt"]]).max() < 0.5

@@ -20,7 +20,7 @@ System = tuple[np.ndarray, np.ndarray, np.ndarray | None]  # numbers, positions,
 BACKBONES = {
     "default": {},
     "invariant": {"lmax": 0, "l_message": 0, "body_order": 2},
-    "quartic": {"lmax": 3, "l_message": 2, "body_order": 4, "layers": 3, "ff_expansion": 1},
+    "quartic": {"lmax": 3, "l_message": 2, "body_order": 4, "ff_expansion": 1},
     "single": {"lmax": 4, "l_message": 0, "layers": 1},
 }
 TINY = {"cutoff": CUTOFF, "channels": 8, "edge_channels": 4, "radial_hidden": 8, "n_radial": 4}

@@ -149,6 +149,13 @@ def test_the_shipped_cells_are_generated_again(file: str, made: object) -> None:
             assert frame.info[key] == cell.info[key]
 
 
+def test_other_seeds_have_other_names_and_other_cells() -> None:
+    for make in (label_crystals.generate_compounds, label_crystals.generate_alloys):
+        first, second = make(3, 0), make(3, 1)
+        assert not {c.info["frame_id"] for c in first} & {c.info["frame_id"] for c in second}
+        assert not np.allclose(first[2].positions, second[2].positions, atol=1e-3)
+
+
 def test_short_cells_are_repeated() -> None:
     for cell in itertools.chain(label_crystals.generate_compounds(1, 0), label_crystals.generate_alloys(0, 0)):
         n = label_crystals.repeats(cell)
