@@ -1,4 +1,4 @@
-"""Submit a recipe: ``python -m launch.submit configs/quickstart.yaml --cluster configs/clusters/local.yaml [key.key=value ...]``."""
+"""Submit a recipe: ``python -m launch.submit RECIPE --cluster configs/clusters/local.yaml [key.key=value ...]``."""
 
 import os
 import subprocess
@@ -59,7 +59,11 @@ def submit(recipe: Recipe, cluster: ClusterConfig) -> tuple[str, Path]:
         "timeout_min": cluster.time_minutes,
     }
     if cluster.executor == "slurm":
-        parameters |= {"gpus_per_node": cluster.gpus_per_node, "cpus_per_task": cluster.cpus_per_task, "slurm_setup": cluster.setup}
+        parameters |= {
+            "gpus_per_node": cluster.gpus_per_node,
+            "cpus_per_task": cluster.cpus_per_task,
+            "slurm_setup": cluster.setup,
+        }
         parameters |= {"slurm_srun_args": ["--kill-on-bad-exit=1"], **cluster.slurm}
     executor.update_parameters(**parameters)
     job = executor.submit(train, str(resolved), cluster.cpus_per_task)

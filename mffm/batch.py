@@ -1,6 +1,7 @@
 """A batch: systems packed end to end, with labels and label masks. Where data, models, loss and optim meet."""
 
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,7 +33,8 @@ class Batch:
         volume: [n_systems], Å³; 0 where the system is not periodic in three directions.
         charge: [n_systems] int64, 0 where none was given.
         spin_multiplicity: [n_systems] int64, 0 where none was given.
-        labels: property → label, as in ``mffm.keys``; energy in float64, the rest in the model's dtype. Masked ones are 0.
+        labels: property → label, as in ``mffm.keys``; energy in float64, the rest in the model's dtype. Masked ones
+            are 0.
         masks: property → [n_systems] bool: the label exists and the recipe uses it.
         weights: property → [n_systems], weight of this system's label in the loss.
         rows: [n_systems] int64, row in the store, for messages; -1 for a dummy system.
@@ -67,7 +69,7 @@ class Batch:
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
         """Return the batch on another device; dtypes stay."""
 
-        def move(value: Tensor | dict[Property, Tensor]) -> Tensor | dict[Property, Tensor]:
+        def move(value: Any) -> Any:
             if isinstance(value, dict):
                 return {k: v.to(device, non_blocking=non_blocking) for k, v in value.items()}
             return value.to(device, non_blocking=non_blocking)

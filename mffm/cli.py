@@ -1,4 +1,4 @@
-"""The command line. Heavy parts are imported by the command that needs them, so that ``mffm --help`` answers at once."""
+"""The command line. Heavy parts are imported by the command that needs them: ``mffm --help`` answers at once."""
 
 import sys
 from pathlib import Path
@@ -12,7 +12,10 @@ from mffm import __version__
 from mffm.errors import InputError
 
 app = typer.Typer(
-    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="Train interatomic potentials on labels of several levels of theory."
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Train interatomic potentials on labels of several levels of theory.",
 )
 console = Console()
 
@@ -34,7 +37,9 @@ def ingest(
     config: Annotated[Path, typer.Argument(help="data YAML")],
     overrides: Annotated[list[str] | None, typer.Argument(help="key.key=value")] = None,
     store: Annotated[Path | None, typer.Option(help="folder of the store, instead of the YAML's")] = None,
-    add_labels: Annotated[str | None, typer.Option(help="add the YAML's labels as a layer of this name to a store that exists")] = None,
+    add_labels: Annotated[
+        str | None, typer.Option(help="add the YAML's labels as a layer of this name to a store that exists")
+    ] = None,
 ) -> None:
     """Read labelled structures into a store of sharded LMDB."""
     from mffm.config.base import load
@@ -49,7 +54,12 @@ def ingest(
     if report.already_complete:
         console.print(f"{report.store}: complete already, with the same data and configuration", highlight=False)
     splits = [*report.split_frames, "all"]
-    table = Table("fidelity", "property", *splits, title=f"{report.store}: {report.n_frames:,} frames, {report.n_rejected:,} rejected")
+    table = Table(
+        "fidelity",
+        "property",
+        *splits,
+        title=f"{report.store}: {report.n_frames:,} frames, {report.n_rejected:,} rejected",
+    )
     for fidelity, properties in report.label_counts["all"].items():
         for prop in properties:
             counts = [report.label_counts.get(s, {}).get(fidelity, {}).get(prop, 0) for s in splits]
@@ -80,7 +90,9 @@ def verify(store: StoreArgument) -> None:
 
     opened = Store(store)
     opened.verify()
-    console.print(f"{store}: {opened.n_frames:,} frames, all files whole, fingerprint {opened.fingerprint}", highlight=False)
+    console.print(
+        f"{store}: {opened.n_frames:,} frames, all files whole, fingerprint {opened.fingerprint}", highlight=False
+    )
 
 
 @app.command()
@@ -157,9 +169,13 @@ def evaluate(
     potential: Annotated[Path, typer.Argument(help="folder of a run or a release")],
     split: Annotated[str, typer.Option(help="split of the store")] = "test",
     store: Annotated[Path | None, typer.Option(help="store; the one the run was trained on where not given")] = None,
-    fidelity: Annotated[list[str] | None, typer.Option(help="fidelity to compare with; may be given several times")] = None,
+    fidelity: Annotated[
+        list[str] | None, typer.Option(help="fidelity to compare with; may be given several times")
+    ] = None,
     weights: Annotated[str, typer.Option(help="of a run: best, best-<fidelity>, last, raw")] = "best",
-    output: Annotated[Path | None, typer.Option(help="folder for the JSON and the plot; the run's or release's own where not given")] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="folder for the JSON and the plot; the run's or release's own where not given")
+    ] = None,
 ) -> None:
     """Measure errors per fidelity and property on a split; write JSON and a parity plot."""
     from mffm.data.store import Store
@@ -175,7 +191,9 @@ def evaluate(
     report, figure = parity.write(result, loaded, opened, output or potential)
     console.print(_errors_table(f"{potential} on {split}", result.rows()))
     for name, count in result.unreferenced.items():
-        console.print(f"{name}: {count} energies left out, their elements have no references at this fidelity", highlight=False)
+        console.print(
+            f"{name}: {count} energies left out, their elements have no references at this fidelity", highlight=False
+        )
     console.print(f"{report}\n{figure}", highlight=False)
 
 
@@ -183,7 +201,15 @@ def _errors_table(title: str, rows: "list[dict]") -> Table:
     table = Table("fidelity", "property", "MAE", "RMSE", "R²", "unit", "systems", title=title)
     for row in rows:
         r2 = "" if row["r2"] is None else f"{row['r2']:.4f}"
-        table.add_row(row["fidelity"], row["property"], f"{row['mae']:.1f}", f"{row['rmse']:.1f}", r2, row["unit"], str(row["n_systems"]))
+        table.add_row(
+            row["fidelity"],
+            row["property"],
+            f"{row['mae']:.1f}",
+            f"{row['rmse']:.1f}",
+            r2,
+            row["unit"],
+            str(row["n_systems"]),
+        )
     return table
 
 

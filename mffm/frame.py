@@ -1,4 +1,4 @@
-"""A frame: one structure with its labels at every fidelity that has any. A missing label is absent, never NaN or zero."""
+"""A frame: one structure with its labels at every fidelity that has any. A missing label is absent, never NaN."""
 
 from dataclasses import dataclass, field
 

@@ -1,4 +1,4 @@
-"""The loss over partial labels: masked sums per system, divided once by global label counts; and error sums for reports.
+"""The loss over partial labels: masked sums per system, divided once by global label counts. And error sums.
 
 Every function here returns *sums*. The divisors are counts over all ranks and microbatches of the step, known from the
 plan, so that a gradient does not depend on how a global batch is dealt out.
@@ -36,7 +36,9 @@ def penalty(error: Tensor, term: TermConfig) -> Tensor:
     if term.form == "mse":
         return error.square()
     assert term.form == "huber"
-    return torch.nn.functional.huber_loss(error, torch.zeros_like(error), reduction="none", delta=term.delta) / term.delta
+    return (
+        torch.nn.functional.huber_loss(error, torch.zeros_like(error), reduction="none", delta=term.delta) / term.delta
+    )
 
 
 def system_sums(prediction: Prediction, batch: Batch, reference: Tensor, prop: Property, term: TermConfig) -> Tensor:
@@ -66,7 +68,7 @@ def system_sums(prediction: Prediction, batch: Batch, reference: Tensor, prop: P
 
 
 class Loss:
-    """Σ over properties of weight × Σ over live labels of factor × penalty / N, with N as the recipe's normalisation says."""
+    """Σ over properties of weight × Σ over live labels of factor × penalty / N; the recipe says which N."""
 
     def __init__(self, config: LossConfig, fidelities: Sequence[str], used: Mapping[tuple[int, Property], int]):
         """Args:
@@ -75,7 +77,9 @@ class Loss:
         self.config = config
         self.fidelities = tuple(fidelities)
         self.properties: list[Property] = [
-            p for p in PROPERTIES if getattr(config, p).weight > 0 and any(prop == p and n > 0 for (_, prop), n in used.items())
+            p
+            for p in PROPERTIES
+            if getattr(config, p).weight > 0 and any(prop == p and n > 0 for (_, prop), n in used.items())
         ]
         for (fidelity, prop), n in used.items():
             if n == 0:
@@ -86,7 +90,10 @@ class Loss:
         for name, factors in config.weights.items():
             for prop in factors:
                 if not used.get((self.fidelities.index(name), prop)):
-                    raise InputError(f"loss.weights.{name}.{prop} is given, but no pool of {name!r} trains {prop}; remove it or add the labels")
+                    raise InputError(
+                        f"loss.weights.{name}.{prop} is given, but no pool of {name!r} trains {prop}; remove it "
+                        "or add the labels"
+                    )
         if not self.properties:
             raise InputError("the loss has no term: every weight is 0 or no pool has a label of it")
 
@@ -126,8 +133,13 @@ class Loss:
             rows.append(torch.where(total > 0, scale / total.clamp_min(1e-300), torch.zeros_like(scale)))
         return torch.stack(rows)
 
-    def __call__(self, prediction: Prediction, batch: Batch, reference: Tensor, divisors: Tensor) -> tuple[Tensor, Tensor]:
-        """Return this microbatch's share of the global loss, and its parts. (scalar, [n_properties, n_fidelities] detached; float64)"""
+    def __call__(
+        self, prediction: Prediction, batch: Batch, reference: Tensor, divisors: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Return this microbatch's share of the global loss, a scalar, and its parts, [n_properties, n_fidelities].
+
+        Both are float64; the parts are detached.
+        """
         parts = []
         for row, prop in zip(divisors, self.properties, strict=True):
             # float64 from here on: a few numbers a system, and energies come in float64 already
@@ -146,7 +158,9 @@ class ErrorSums:
     Energy errors are per atom.
     """
 
-    def __init__(self, fidelities: Sequence[str], properties: Sequence[Property] = PROPERTIES, device: torch.device | str = "cpu"):
+    def __init__(
+        self, fidelities: Sequence[str], properties: Sequence[Property] = PROPERTIES, device: torch.device | str = "cpu"
+    ):
         self.fidelities = tuple(fidelities)
         self.properties = tuple(properties)
         self.sums = torch.zeros(len(self.fidelities), len(self.properties), 3, dtype=torch.float64, device=device)
@@ -158,13 +172,17 @@ class ErrorSums:
                 continue
             absolute = system_sums(prediction, batch, reference, prop, TermConfig(form="mae"))
             square = system_sums(prediction, batch, reference, prop, TermConfig(form="mse"))
-            count = {ENERGY: torch.ones_like(batch.n_atoms), FORCES: 3 * batch.n_atoms, STRESS: torch.full_like(batch.n_atoms, 9)}[prop]
+            count = {
+                ENERGY: torch.ones_like(batch.n_atoms),
+                FORCES: 3 * batch.n_atoms,
+                STRESS: torch.full_like(batch.n_atoms, 9),
+            }[prop]
             mask = batch.masks[prop]
             rows = torch.stack([absolute.detach().double(), square.detach().double(), count.double()], dim=1)[mask]
             self.sums[:, p].index_add_(0, batch.fidelity_idx[mask], rows)
 
     def errors(self) -> dict[str, dict[Property, dict[str, float]]]:
-        """Return fidelity → property → {mae, rmse, n}, in internal units (energy per atom); only where there are labels."""
+        """Return fidelity → property → {mae, rmse, n} in internal units, energy per atom; only with labels."""
         table: dict[str, dict[Property, dict[str, float]]] = {}
         for f, name in enumerate(self.fidelities):
             for p, prop in enumerate(self.properties):

@@ -1,4 +1,4 @@
-"""Optimiser parameter groups, the learning-rate schedule as a function of the step, and the moving average of the weights."""
+"""Optimiser groups, the learning-rate schedule as a function of the step, and the moving average of the weights."""
 
 import math
 from collections.abc import Iterable, Mapping
@@ -14,7 +14,9 @@ def adamw(module: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
     decaying = [p for p in module.parameters() if p.ndim >= 2]
     others = [p for p in module.parameters() if p.ndim < 2]
     groups = [{"params": decaying, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=config.lr, betas=config.betas, eps=config.eps, foreach=True)
+    return torch.optim.AdamW(
+        [g for g in groups if g["params"]], lr=config.lr, betas=config.betas, eps=config.eps, foreach=True
+    )
 
 
 def learning_rate(step: int, total: int, config: OptimConfig) -> float:
@@ -44,7 +46,9 @@ class MovingAverage:
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         names = list(self.weights)
         with torch.no_grad():
-            torch._foreach_lerp_([self.weights[n] for n in names], [current[n].detach().float() for n in names], 1 - decay)
+            torch._foreach_lerp_(
+                [self.weights[n] for n in names], [current[n].detach().float() for n in names], 1 - decay
+            )
         self.updates += 1
 
     def load(self, weights: Mapping[str, Tensor], updates: int) -> None:

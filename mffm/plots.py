@@ -6,7 +6,14 @@ from typing import Any
 
 import numpy as np
 
-COLORS = ("#0b6e4f", "#c8553d", "#28536b", "#d9a404", "#7b4b94", "#5c5c5c")  # apart in grey and for colour-blind readers
+COLORS = (
+    "#0b6e4f",
+    "#c8553d",
+    "#28536b",
+    "#d9a404",
+    "#7b4b94",
+    "#5c5c5c",
+)  # apart in grey and for colour-blind readers
 
 
 def _pyplot() -> Any:
@@ -19,7 +26,9 @@ def _pyplot() -> Any:
     return plt
 
 
-def parity_panel(axes: Any, label: np.ndarray, prediction: np.ndarray, title: str, unit: str, color: str = COLORS[0]) -> None:
+def parity_panel(
+    axes: Any, label: np.ndarray, prediction: np.ndarray, title: str, unit: str, color: str = COLORS[0]
+) -> None:
     """Draw predictions against labels with the diagonal."""
     axes.scatter(label, prediction, s=4, alpha=0.5, linewidths=0, color=color, rasterized=True)
     low, high = float(min(label.min(), prediction.min())), float(max(label.max(), prediction.max()))

@@ -94,7 +94,8 @@ class PotentialSpec:
         version = config.get("format_version")
         if version != FORMAT_VERSION:
             raise InputError(
-                f"{folder / 'config.json'}: format version {version!r}; this mffm {__version__} reads version {FORMAT_VERSION}"
+                f"{folder / 'config.json'}: format version {version!r}; this mffm {__version__} reads version "
+                f"{FORMAT_VERSION}"
                 + ("; install a newer mffm" if isinstance(version, int) and version > FORMAT_VERSION else "")
             )
         fidelities = read_json(folder / "fidelities.json")
@@ -109,7 +110,9 @@ class PotentialSpec:
                 provenance=read_json(folder / "provenance.json"),
             )
         except (KeyError, TypeError) as error:
-            raise InputError(f"{folder}: config.json or fidelities.json lacks {error}; the folder is damaged, copy it again") from error
+            raise InputError(
+                f"{folder}: config.json or fidelities.json lacks {error}; the folder is damaged, copy it again"
+            ) from error
         return spec, config.get("weights_sha256")
 
 
@@ -127,11 +130,14 @@ class Loaded:
         return self.spec.fidelities
 
 
-def load(path: Path | str, weights: str = "best", device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Loaded:
+def load(
+    path: Path | str, weights: str = "best", device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> Loaded:
     """Load a release, or the weights of a run's folder, in eval mode.
 
     Args:
-        weights: of a run: ``best``, ``best-<fidelity>``, ``last`` (moving average) or ``raw``; a release has one set only.
+        weights: of a run: ``best``, ``best-<fidelity>``, ``last`` (moving average) or ``raw``; a release has one set
+            only.
 
     Raises:
         InputError: not a release or run, damaged, or weights that do not fit the configuration.
@@ -148,7 +154,10 @@ def load(path: Path | str, weights: str = "best", device: torch.device | str = "
         raise InputError(f"{path}: neither a release (config.json) nor a run (potential/config.json)")
     spec, expected = PotentialSpec.read(folder)
     if expected is not None and sha256(weights_file) != expected:
-        raise InputError(f"{weights_file}: its SHA-256 differs from the one in config.json; the release is damaged or was changed, get it again")
+        raise InputError(
+            f"{weights_file}: its SHA-256 differs from the one in config.json; the release is damaged or was "
+            "changed, get it again"
+        )
     potential = spec.build()
     state = read_weights(weights_file)
     wanted = potential.state_dict()
@@ -169,7 +178,7 @@ def systems_at(loaded: Loaded, store: Store, rows: np.ndarray, fidelity: str, as
 
 
 def refit_references(loaded: Loaded, store: Store, rows: np.ndarray, fidelity: str, asked: str) -> np.ndarray:
-    """Fit element references of one fidelity for a potential that predicts another: least squares on label − prediction.
+    """Fit references of one fidelity for a potential that predicts another: least squares on label − prediction.
 
     The strongest use of a potential of another level without training: what remains is what references cannot mend.
 
@@ -206,7 +215,12 @@ def save(run: Path | str, folder: Path | str, weights: str = "best") -> Path:
     aside.mkdir(parents=True, exist_ok=True)
     write_weights(aside / "model.safetensors", loaded.potential.state_dict())
     spec = loaded.spec
-    spec.provenance = {**spec.provenance, "released_from": run.name, "weights": weights, "training": _training_record(run, weights)}
+    spec.provenance = {
+        **spec.provenance,
+        "released_from": run.name,
+        "weights": weights,
+        "training": _training_record(run, weights),
+    }
     spec.write(aside, weights_sha256=sha256(aside / "model.safetensors"))
     metrics = {p.stem.removeprefix("evaluation-"): read_json(p) for p in sorted(run.glob("evaluation-*.json"))}
     write_json(aside / "metrics.json", metrics)
@@ -223,7 +237,8 @@ def card(name: str, loaded: Loaded, metrics: Mapping[str, Any]) -> str:
     lines = [
         f"# {name}",
         "",
-        f"An interatomic potential trained with mffm {provenance.get('mffm', __version__)} on several levels of theory at once. "
+        f"An interatomic potential trained with mffm {provenance.get('mffm', __version__)} on several levels of "
+        "theory at once. "
         f"{loaded.potential.n_parameters:,} parameters, cutoff {spec.model.backbone.cutoff:g} Å.",
         "",
         "```python",
@@ -254,7 +269,8 @@ def card(name: str, loaded: Loaded, metrics: Mapping[str, Any]) -> str:
         for split, report in metrics.items():
             for row in report["rows"]:
                 lines.append(
-                    f"| {split} | {row['fidelity']} | {row['property']} | {row['mae']:.1f} {row['unit']} | {row['rmse']:.1f} {row['unit']} | {row['n_systems']} |"
+                    f"| {split} | {row['fidelity']} | {row['property']} | {row['mae']:.1f} {row['unit']} | "
+                    f"{row['rmse']:.1f} {row['unit']} | {row['n_systems']} |"
                 )
     else:
         lines.append("None measured: run `mffm evaluate` on the run before the release.")
@@ -262,7 +278,8 @@ def card(name: str, loaded: Loaded, metrics: Mapping[str, Any]) -> str:
     lines += [f"| {s['name']} | {s['licence']} | {s.get('citation', '')} |" for s in provenance.get("sources", [])]
     lines += [
         "",
-        f"Store fingerprint `{provenance.get('store_fingerprint', '')}`. The weights inherit the obligations of these licences.",
+        f"Store fingerprint `{provenance.get('store_fingerprint', '')}`. The weights inherit the obligations of "
+        "these licences.",
         "",
         "## Element references, eV",
         "",
@@ -271,7 +288,11 @@ def card(name: str, loaded: Loaded, metrics: Mapping[str, Any]) -> str:
     ]
     values = spec.references.array(spec.fidelities.names)
     for z in np.flatnonzero(~np.isnan(values).all(axis=0)):
-        lines.append(f"| {chemical_symbols[z]} | " + " | ".join("none" if np.isnan(v) else f"{v:.3f}" for v in values[:, z]) + " |")
+        lines.append(
+            f"| {chemical_symbols[z]} | "
+            + " | ".join("none" if np.isnan(v) else f"{v:.3f}" for v in values[:, z])
+            + " |"
+        )
     return "\n".join(lines) + "\n"
 
 

@@ -88,7 +88,11 @@ def tiny_recipe(store: Path, run: Path) -> dict[str, Any]:
             },
             "validation_max_frames": 8,
         },
-        "model": {"backbone": TINY_BACKBONE, "conditioning": {"kind": "onehot"}, "heads": {"kind": "delta", "base": "gfn2", "hidden": [8]}},
+        "model": {
+            "backbone": TINY_BACKBONE,
+            "conditioning": {"kind": "onehot"},
+            "heads": {"kind": "delta", "base": "gfn2", "hidden": [8]},
+        },
         "train": {"steps": 6, "validate_every": 3, "save_every": 3, "log_every": 1, "threads": 1},
         "optim": {"warmup_steps": 2},
         "log": {"wandb": "off"},
@@ -102,7 +106,9 @@ def make_recipe(molecule_store: Path, tmp_path: Path) -> Callable[..., Path]:
     def make(name: str = "recipe", **sections: Any) -> Path:
         recipe = tiny_recipe(molecule_store, tmp_path / "run")
         for key, value in sections.items():
-            recipe[key] = {**recipe[key], **value} if isinstance(value, dict) and isinstance(recipe.get(key), dict) else value
+            recipe[key] = (
+                {**recipe[key], **value} if isinstance(value, dict) and isinstance(recipe.get(key), dict) else value
+            )
         path = tmp_path / f"{name}.yaml"
         path.write_text(yaml.safe_dump(recipe))
         return path
@@ -131,4 +137,6 @@ def tiny_release(tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 def mffm(*arguments: str, **kwargs: Any) -> subprocess.CompletedProcess[str]:
     """Run the command line in a process of its own."""
-    return subprocess.run([sys.executable, "-m", "mffm", *arguments], capture_output=True, text=True, timeout=280, **kwargs)
+    return subprocess.run(
+        [sys.executable, "-m", "mffm", *arguments], capture_output=True, text=True, timeout=280, **kwargs
+    )

@@ -103,7 +103,9 @@ def high_fidelity_rows(store: Store) -> None:
     from mffm.fidelity import FidelityTable
 
     recipe = load_config(Recipe, "configs/quickstart_hf_only.yaml")
-    (pool,) = build_pools(store, recipe.data.plan, FidelityTable([store.fidelities[HIGH]]), recipe.model.backbone.cutoff)
+    (pool,) = build_pools(
+        store, recipe.data.plan, FidelityTable([store.fidelities[HIGH]]), recipe.model.backbone.cutoff
+    )
     write_json(RUNS / "hf_rows.json", {"rows": pool.rows.tolist()})
 
 
@@ -127,20 +129,31 @@ def main() -> None:
 
     splits = {"test": "molecules seen in training", "ood": "8 molecules never seen at PBE or GFN2"}
     results = {split: judge(store, split) for split in splits}
-    table = Table("", *(f"{s}: {p}, {u}" for s in splits for p, u in (("energy", "meV/atom"), ("forces", "meV/Å"))), title=f"MAE on {HIGH} labels")
+    table = Table(
+        "",
+        *(f"{s}: {p}, {u}" for s in splits for p, u in (("energy", "meV/atom"), ("forces", "meV/Å"))),
+        title=f"MAE on {HIGH} labels",
+    )
     summary: dict[str, dict[str, float]] = {}
     for arm, title in ARMS.items():
-        values = {f"{split}/{prop}": error(results[split][arm], prop) for split in splits for prop in ("energy", "forces")}
+        values = {
+            f"{split}/{prop}": error(results[split][arm], prop) for split in splits for prop in ("energy", "forces")
+        }
         summary[arm] = values
         table.add_row(title, *(f"{v:.1f}" for v in values.values()))
-    write_json(FOLDER / "summary.json", {"high_fidelity": HIGH, "mae": summary, "seconds": round(time.monotonic() - started)})
+    write_json(
+        FOLDER / "summary.json", {"high_fidelity": HIGH, "mae": summary, "seconds": round(time.monotonic() - started)}
+    )
 
     curves = {}
     for prop, unit in (("energy", "meV/atom"), ("forces", "meV/Å")):
         key = f"val/{HIGH}/{prop}_mae"
         rows = {arm: [json.loads(s) for s in (RUNS / arm / "metrics.jsonl").read_text().splitlines()] for arm in ARMS}
         curves[f"{HIGH} {prop} MAE, validation, {unit}"] = {
-            ARMS[arm]: ([r["step"] + (600 if arm == "fine_tune" else 0) for r in found if key in r], [r[key] for r in found if key in r])
+            ARMS[arm]: (
+                [r["step"] + (600 if arm == "fine_tune" else 0) for r in found if key in r],
+                [r[key] for r in found if key in r],
+            )
             for arm, found in rows.items()
             if any(key in r for r in found)
         }
@@ -150,7 +163,10 @@ def main() -> None:
     plots.comparison(figure, curves, panels)
 
     console.print(table)
-    console.print(f"\nplot: {figure}\nrelease: {FOLDER / 'release'}   ({time.monotonic() - started:.0f} s in all)\n", highlight=False)
+    console.print(
+        f"\nplot: {figure}\nrelease: {FOLDER / 'release'}   ({time.monotonic() - started:.0f} s in all)\n",
+        highlight=False,
+    )
     console.print(
         "from mffm.deploy.ase import Calculator; from ase.build import molecule\n"
         f'atoms = molecule("CH3CH2OH"); atoms.calc = Calculator("{FOLDER / "release"}", fidelity="{HIGH}")\n'

@@ -16,5 +16,7 @@ class ClusterConfig(Schema):
     gpus_per_node: int = Field(0, ge=0)
     cpus_per_task: int = Field(1, ge=1)
     time_minutes: int = Field(60, ge=1)
-    slurm: dict[str, str | int] = Field(default_factory=dict, description="further submitit parameters, e.g. slurm_partition, slurm_account")
+    slurm: dict[str, str | int] = Field(
+        default_factory=dict, description="further submitit parameters, e.g. slurm_partition, slurm_account"
+    )
     setup: list[str] = Field(default_factory=list, description="shell lines before the job, e.g. module load")

@@ -26,25 +26,36 @@ class LabelSpec(Schema):
     key: str = Field(min_length=1)
     unit: str | None = Field(
         None,
-        description="energy: eV, Hartree, kcal/mol, kJ/mol, meV, Rydberg; forces: <energy>/<length> with Angstrom, bohr or nm; "
+        description="energy: eV, Hartree, kcal/mol, kJ/mol, meV, Rydberg; forces: <energy>/<length> with "
+        "Angstrom, bohr or nm; "
         "stress: eV/Angstrom^3, GPa, kbar, Hartree/bohr^3. None: eV, eV/Angstrom, eV/Angstrom^3.",
     )
-    negate: bool = Field(False, description="true where a file gives gradients instead of forces, or pressure-signed stress")
-    virial: bool = Field(False, description="stress only: the key holds the virial in energy units (stress = -virial / V)")
+    negate: bool = Field(
+        False, description="true where a file gives gradients instead of forces, or pressure-signed stress"
+    )
+    virial: bool = Field(
+        False, description="stress only: the key holds the virial in energy units (stress = -virial / V)"
+    )
 
 
 class SourceSpec(Schema):
     """One data set as published."""
 
     name: str = Field(min_length=1, pattern=r"^[\w.+-]+$", description="letters, digits, _ . + -; also names a folder")
-    path: str | list[str] = Field(description="file, glob or list of them, relative to the data YAML; ${NAME} is an environment variable")
+    path: str | list[str] = Field(
+        description="file, glob or list of them, relative to the data YAML; ${NAME} is an environment variable"
+    )
     reader: Literal["auto", "extxyz", "ase", "ase_db"] = "auto"
     length_unit: LengthUnit = "Angstrom"
-    frame_key: str | None = Field(None, description="info key with a unique name per structure; without it, the geometry's hash")
+    frame_key: str | None = Field(
+        None, description="info key with a unique name per structure; without it, the geometry's hash"
+    )
     pair_by: Literal["key", "geometry"] = Field(
         "key", description="how frames of several files find each other: by frame_key, or by geometry within 1e-3 Å"
     )
-    group_key: str | None = Field(None, description="info key by which a split can hold out; 'formula' where there is none in the file")
+    group_key: str | None = Field(
+        None, description="info key by which a split can hold out; 'formula' where there is none in the file"
+    )
     charge_key: str | None = None
     spin_multiplicity_key: str | None = None
     labels: dict[str, dict[Property, LabelSpec | str]] = Field(min_length=1, description="fidelity → property → key")
@@ -74,7 +85,9 @@ class SplitSpec(Schema):
     by: Literal["structure", "group"] = "structure"
     fractions: dict[str, float] = Field(default_factory=lambda: {"train": 0.8, "val": 0.1, "test": 0.1})
     key: str | None = Field(None, description="info key that holds the split's name")
-    holdout: dict[str, list[str]] = Field(default_factory=dict, description="split → group keys, e.g. ood: [HCOOCH3, N2H4]")
+    holdout: dict[str, list[str]] = Field(
+        default_factory=dict, description="split → group keys, e.g. ood: [HCOOCH3, N2H4]"
+    )
 
     @model_validator(mode="after")
     def _checks(self) -> "SplitSpec":
@@ -94,11 +107,14 @@ class DataConfig(Schema):
     cutoffs: list[float] = Field(default_factory=list, description="Å; edges are counted for these at ingest")
     duplicates: Literal["merge", "error", "skip"] = Field(
         "merge",
-        description="a structure seen again: merge its labels where they do not contradict each other; error: stop where it repeats a label; "
+        description="a structure seen again: merge its labels where they do not contradict each other; error: "
+        "stop where it repeats a label; "
         "skip: leave the frame out where it repeats a label",
     )
     min_distance: float = Field(0.3, gt=0, description="Å; frames with closer atoms are rejected")
-    on_reject: Literal["continue", "stop"] = Field("continue", description="a bad frame is reported and left out, or stops the ingest")
+    on_reject: Literal["continue", "stop"] = Field(
+        "continue", description="a bad frame is reported and left out, or stops the ingest"
+    )
     shard_frames: int = Field(50_000, gt=0)
     workers: int = Field(1, ge=1, description="processes that read and check")
 

@@ -15,10 +15,14 @@ class DensityConfig(Schema):
     l_message: int = Field(1, ge=0, le=3, description="highest degree of the features that a sender sends")
     layers: int = Field(2, ge=1, le=12)
     channels: int = Field(64, ge=1)
-    edge_channels: int = Field(32, ge=1, description="channels of an edge: the sender's features are projected to these")
+    edge_channels: int = Field(
+        32, ge=1, description="channels of an edge: the sender's features are projected to these"
+    )
     n_radial: int = Field(8, ge=2, description="Bessel functions")
     radial_hidden: int = Field(64, ge=1, description="width of the radial trunk shared by all layers")
-    body_order: int = Field(3, ge=2, le=4, description="2: density; 3: its square; 4: its cube; on atoms, channel by channel")
+    body_order: int = Field(
+        3, ge=2, le=4, description="2: density; 3: its square; 4: its cube; on atoms, channel by channel"
+    )
     ff_expansion: int = Field(2, ge=1, le=8)
     envelope_power: int = Field(6, ge=3, description="p of the polynomial envelope")
 
@@ -34,7 +38,9 @@ class ConditioningConfig(Schema):
 
     kind: Literal["none", "onehot", "embedding", "film"] = "none"
     dim: int = Field(16, ge=1, description="length of the learned vector (embedding, film)")
-    zero_init: bool = Field(True, description="start every fidelity at the common model; false: random, as SevenNet does from scratch")
+    zero_init: bool = Field(
+        True, description="start every fidelity at the common model; false: random, as SevenNet does from scratch"
+    )
 
 
 class HeadsConfig(Schema):
@@ -43,7 +49,9 @@ class HeadsConfig(Schema):
     kind: Literal["shared", "independent", "delta"] = "shared"
     hidden: list[int] = Field(default_factory=lambda: [64], description="widths of the MLP; empty for a linear head")
     base: str | None = Field(None, description="delta: the fidelity whose head the corrections are added to")
-    init_from: dict[str, str] = Field(default_factory=dict, description="independent: fidelity → fidelity whose head it starts as a copy of")
+    init_from: dict[str, str] = Field(
+        default_factory=dict, description="independent: fidelity → fidelity whose head it starts as a copy of"
+    )
 
     @model_validator(mode="after")
     def _checks(self) -> "HeadsConfig":
@@ -64,5 +72,6 @@ class ModelConfig(Schema):
     heads: HeadsConfig = HeadsConfig()
     init_from: dict[str, str] = Field(
         default_factory=dict,
-        description="fine-tuning: new fidelity → fidelity of the release that its head, conditioning row and references start from",
+        description="fine-tuning: new fidelity → fidelity of the release that its head, conditioning row and "
+        "references start from",
     )

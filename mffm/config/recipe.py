@@ -15,8 +15,12 @@ class PoolConfig(Schema):
     fidelity: str = Field(min_length=1)
     source: str | None = Field(None, description="only frames of this source; all where not given")
     split: str = "train"
-    properties: list[Property] = Field(default_factory=lambda: ["energy", "forces"], min_length=1, description="labels that the loss uses")
-    max_frames: int | None = Field(None, ge=1, description="use only so many frames, chosen by a hash of the seed: nested for growing numbers")
+    properties: list[Property] = Field(
+        default=["energy", "forces"], min_length=1, description="labels that the loss uses"
+    )
+    max_frames: int | None = Field(
+        None, ge=1, description="use only so many frames, chosen by a hash of the seed: nested for growing numbers"
+    )
     seed: int = Field(0, description="of the choice of max_frames")
     weight: float | None = Field(None, gt=0, description="share of the draws; without it the temperature decides")
 
@@ -25,12 +29,18 @@ class PlanConfig(Schema):
     """What a step reads. The global batch depends on nothing else, above all not on the number of ranks."""
 
     pools: list[PoolConfig] = Field(min_length=1)
-    temperature: float = Field(1.0, ge=1.0, description="share of a pool ∝ size^(1/temperature): 1 proportional, large uniform")
+    temperature: float = Field(
+        1.0, ge=1.0, description="share of a pool ∝ size^(1/temperature): 1 proportional, large uniform"
+    )
     paired: bool = Field(False, description="draw a frame at all its fidelities together")
     edge_budget: int = Field(ge=1, description="edges of the global batch")
     atom_budget: int | None = Field(None, ge=1, description="atoms of the global batch")
-    edges_per_microbatch: int | None = Field(None, ge=1, description="edges that fit a device; None: one microbatch a step")
-    oversize: Literal["error", "single", "skip"] = Field("error", description="a frame over the budget: stop, be a batch of its own, be left out")
+    edges_per_microbatch: int | None = Field(
+        None, ge=1, description="edges that fit a device; None: one microbatch a step"
+    )
+    oversize: Literal["error", "single", "skip"] = Field(
+        "error", description="a frame over the budget: stop, be a batch of its own, be left out"
+    )
 
 
 class DataSection(Schema):
@@ -47,18 +57,26 @@ class ReferencesConfig(Schema):
     """Element references, per fidelity."""
 
     method: Literal["auto", "fit", "paired"] = Field(
-        "auto", description="fit: ridge on the fidelity's own labels; paired: the anchor's plus a fit of the paired residual; auto: paired where the fit is too small"
+        "auto",
+        description="fit: ridge on the fidelity's own labels; paired: the anchor's plus a fit of the paired "
+        "residual; auto: paired where the fit is too small",
     )
     anchor: str | None = Field(None, description="fidelity that `paired` builds on; None: the one with the most labels")
-    given: dict[str, dict[str, float]] = Field(default_factory=dict, description="fidelity → element symbol → eV; not fitted")
+    given: dict[str, dict[str, float]] = Field(
+        default_factory=dict, description="fidelity → element symbol → eV; not fitted"
+    )
 
 
 class TermConfig(Schema):
     """One property in the loss."""
 
     weight: float = Field(1.0, ge=0)
-    form: Literal["mae", "mse", "huber", "l2norm"] = Field("huber", description="l2norm: length of the error vector of an atom's force")
-    delta: float = Field(0.01, gt=0, description="huber: where quadratic becomes linear, in the property's unit (energy: eV/atom)")
+    form: Literal["mae", "mse", "huber", "l2norm"] = Field(
+        "huber", description="l2norm: length of the error vector of an atom's force"
+    )
+    delta: float = Field(
+        0.01, gt=0, description="huber: where quadratic becomes linear, in the property's unit (energy: eV/atom)"
+    )
 
 
 class LossConfig(Schema):
@@ -67,9 +85,13 @@ class LossConfig(Schema):
     energy: TermConfig = TermConfig()
     forces: TermConfig = TermConfig()
     stress: TermConfig = TermConfig()
-    weights: dict[str, dict[Property, float]] = Field(default_factory=dict, description="fidelity → property → factor on its labels")
+    weights: dict[str, dict[Property, float]] = Field(
+        default_factory=dict, description="fidelity → property → factor on its labels"
+    )
     normalisation: Literal["pooled", "per_fidelity", "expected"] = Field(
-        "pooled", description="divide by the count of a property over all fidelities, of each (fidelity, property), or by the plan's mean count of each"
+        "pooled",
+        description="divide by the count of a property over all fidelities, of each (fidelity, property), or by "
+        "the plan's mean count of each",
     )
 
     @model_validator(mode="after")
@@ -100,7 +122,9 @@ class TrainSection(Schema):
     validate_every: int = Field(200, ge=1)
     save_every: int = Field(200, ge=1)
     keep: int = Field(2, ge=1, description="checkpoints kept besides the best")
-    best: str = Field("val/loss", description="metric that decides the best weights, e.g. val/pbe/forces_mae; the smaller the better")
+    best: str = Field(
+        "val/loss", description="metric that decides the best weights, e.g. val/pbe/forces_mae; the smaller the better"
+    )
     patience: int | None = Field(None, ge=1, description="validations without a better one before the run stops")
     threads: int | None = Field(None, ge=1, description="CPU threads of a rank; None: torch's default")
     log_every: int = Field(20, ge=1)
@@ -116,7 +140,9 @@ class DeepSpeedSection(Schema):
 class LogSection(Schema):
     """Where metrics go besides metrics.jsonl."""
 
-    wandb: Literal["auto", "online", "offline", "off"] = Field("auto", description="auto: online with a login, else offline")
+    wandb: Literal["auto", "online", "offline", "off"] = Field(
+        "auto", description="auto: online with a login, else offline"
+    )
     project: str = "mffm"
     group: str | None = None
 
@@ -140,16 +166,18 @@ class Recipe(Schema):
     @model_validator(mode="after")
     def _checks(self) -> "Recipe":
         fidelities = self.fidelities
-        named = {
+        named: dict[str, set[str]] = {
             "loss.weights": set(self.loss.weights),
             "references.given": set(self.references.given),
             "model.heads.init_from": set(self.model.heads.init_from) | set(self.model.heads.init_from.values()),
-            "model.heads.base": {self.model.heads.base} - {None},
+            "model.heads.base": {self.model.heads.base} if self.model.heads.base else set(),
         }
         for place, names in named.items():
             for name in names:
                 if name not in fidelities:
-                    raise ValueError(f"{place} names fidelity {name!r}, which no pool has; pools have: {', '.join(fidelities)}")
+                    raise ValueError(
+                        f"{place} names fidelity {name!r}, which no pool has; pools have: {', '.join(fidelities)}"
+                    )
         return self
 
     @property

@@ -219,7 +219,8 @@ def check_sample(fidelity: str, counts: np.ndarray, energies: np.ndarray, rows: 
                     "energy_unit",
                     fidelity,
                     f"energies look like {unit} read as eV: energy / all-electron atomic energies in Hartree has "
-                    f"median {middle:.4g} over {len(rows)} frames (27.2 were eV); give labels.{fidelity}.energy.unit: {unit}",
+                    f"median {middle:.4g} over {len(rows)} frames (27.2 were eV); "
+                    f"give labels.{fidelity}.energy.unit: {unit}",
                 )
             )
     _, residual = element_fit(counts, energies)
@@ -243,7 +244,8 @@ def check_sample(fidelity: str, counts: np.ndarray, energies: np.ndarray, rows: 
                 "outliers",
                 fidelity,
                 f"{n_far} of {len(rows)} sampled energies are more than 20 median deviations "
-                f"({20 * width:.3g} eV/atom) from the element-reference fit; farthest: row {int(rows[worst])}, {residual[worst]:.3g} eV/atom",
+                f"({20 * width:.3g} eV/atom) from the element-reference fit; "
+                f"farthest: row {int(rows[worst])}, {residual[worst]:.3g} eV/atom",
             )
         )
     if float(np.median(np.abs(energies) / n_atoms)) < 0.5 and float(energies.std()) > 0:

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,7 +22,7 @@ DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
 
 class Calculator(AseCalculator):
-    """Energy (eV), free energy, forces (eV/Å), per-atom energies and, with a cell, stress (Voigt, eV/Å³) at one fidelity.
+    """Energy, free energy and per-atom energies (eV), forces (eV/Å), with a cell stress (Voigt, eV/Å³).
 
     Args:
         release: folder of a release, or of a run.
@@ -35,7 +35,13 @@ class Calculator(AseCalculator):
         InputError: unknown fidelity, dtype, or (on calculation) an element that the fidelity has no references for.
     """
 
-    implemented_properties: ClassVar[list[str]] = ["energy", "free_energy", "forces", "stress", "energies"]
+    implemented_properties = [  # noqa: RUF012 - as ASE has it
+        "energy",
+        "free_energy",
+        "forces",
+        "stress",
+        "energies",
+    ]
 
     def __init__(
         self,
@@ -53,19 +59,30 @@ class Calculator(AseCalculator):
         self._loaded = load(release, weights, device, DTYPES[dtype])
         index = self._loaded.fidelities.index(fidelity)
         self.fidelity, self.device, self.dtype = fidelity, device, DTYPES[dtype]
-        self._potential = self._loaded.potential.folded(fidelity).to(device=device, dtype=self.dtype).eval().requires_grad_(False)
+        self._potential = (
+            self._loaded.potential.folded(fidelity).to(device=device, dtype=self.dtype).eval().requires_grad_(False)
+        )
         self._references = self._loaded.spec.reference_table(device)[index : index + 1]
 
-    def calculate(self, atoms: Atoms | None = None, properties: Sequence[str] = ("energy",), system_changes: Sequence[str] = all_changes) -> None:
+    def calculate(
+        self,
+        atoms: Atoms | None = None,
+        properties: Sequence[str] = ("energy",),
+        system_changes: Sequence[str] = all_changes,
+    ) -> None:
         super().calculate(atoms, properties, system_changes)
         atoms = self.atoms
+        assert atoms is not None
         self._check_elements(atoms.numbers)
         periodic = bool(atoms.pbc.any())
         if periodic and abs(np.linalg.det(atoms.cell.array)) < 1e-6 and atoms.pbc.all():
             raise InputError(f"the cell has no volume but pbc is {atoms.pbc.tolist()}; set a cell or pbc=False")
         cell = atoms.cell.array if periodic else np.zeros((3, 3))
         batch = pack(
-            [(atoms.numbers, atoms.get_positions(), cell, atoms.pbc)], [0], self._loaded.spec.model.backbone.cutoff, self.dtype
+            [(atoms.numbers, atoms.get_positions(), cell, atoms.pbc)],
+            [0],
+            self._loaded.spec.model.backbone.cutoff,
+            self.dtype,
         ).to(self.device)
         has_volume = bool(batch.volume[0] > 0)
         prediction = self._potential(batch, forces=True, stress=has_volume)
@@ -87,6 +104,7 @@ class Calculator(AseCalculator):
         if missing:
             have = self._loaded.spec.references.elements(self.fidelity)
             raise InputError(
-                f"element {', '.join(chemical_symbols[z] for z in missing)} is unknown to {self._loaded.path} at fidelity {self.fidelity!r}; "
+                f"element {', '.join(chemical_symbols[z] for z in missing)} is unknown to {self._loaded.path} at "
+                f"fidelity {self.fidelity!r}; "
                 f"known elements: {' '.join(have) or 'none: this fidelity was trained without energies'}"
             )

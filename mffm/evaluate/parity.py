@@ -12,7 +12,7 @@ from mffm import plots
 from mffm.batch import reference_energy
 from mffm.data.store import Store
 from mffm.errors import InputError, known
-from mffm.keys import ENERGY, FORCES, PROPERTIES, REPORT_UNITS, STRESS
+from mffm.keys import ENERGY, FORCES, PROPERTIES, REPORT_UNITS, STRESS, Property
 from mffm.release import Loaded, systems_at, write_json
 
 
@@ -52,7 +52,7 @@ class Evaluation:
 
     def panels(self) -> list[tuple[str, str, np.ndarray, np.ndarray]]:
         units = {ENERGY: "eV/atom", FORCES: "eV/Å", STRESS: "eV/Å³"}
-        return [(f"{f} {p}", units[p], label, self.predictions[f, p]) for (f, p), label in self.labels.items()]  # type: ignore[index]
+        return [(f"{f} {p}", units[p], label, self.predictions[f, p]) for (f, p), label in self.labels.items()]
 
 
 def evaluate(
@@ -90,7 +90,7 @@ def evaluate(
     for name in names:
         rows = store.rows(split=split, fidelity=name)
         asked = predict_as or name
-        parts: dict[str, tuple[list[np.ndarray], list[np.ndarray]]] = {p: ([], []) for p in PROPERTIES}
+        parts: dict[Property, tuple[list[np.ndarray], list[np.ndarray]]] = {p: ([], []) for p in PROPERTIES}
         systems = dict.fromkeys(PROPERTIES, 0)
         for batch in systems_at(loaded, store, rows, name, asked):
             batch = batch.to(device)
@@ -120,7 +120,7 @@ def evaluate(
             if label_parts:
                 result.labels[name, prop] = np.concatenate(label_parts)
                 result.predictions[name, prop] = np.concatenate(value_parts)
-                result.n_systems[name, prop] = systems[prop]  # type: ignore[index]
+                result.n_systems[name, prop] = systems[prop]
     if not result.labels:
         raise InputError(f"{store.path}: split {split!r} has no label of {known(names)}")
     return result

@@ -33,7 +33,7 @@ SILU_GAIN = 1.679
 # Added to the mean square in every norm. It is of the size of a unit-variance feature: a norm compresses what is large
 # and is linear in what is small, so a degree that vanishes by symmetry, or the density of an atom whose last neighbor
 # leaves, is not blown up to unit size (which would make energies steep and Hessians wrong there).
-NORM_FLOOR = 1.0
+NORM_FLOOR = 0.1
 
 Modulation = tuple[Tensor | None, Tensor | None]
 

@@ -1,4 +1,4 @@
-"""Checkpoints in one portable format: full tensors in safetensors and a JSON state, whatever the ZeRO stage or world size.
+"""Checkpoints in one portable format, whatever the ZeRO stage or world size: full tensors in safetensors, and JSON.
 
     checkpoints/step-00000200/
         model.safetensors      raw weights, float32 masters
@@ -68,7 +68,9 @@ def save(folder: Path, engine: Any, module: nn.Module, ema: MovingAverage, state
     if engine.zero_optimization_stage() > 0:
         _link_states(engine)
     moments = {
-        f"{key}/{name}": _full(engine, p, key).detach().cpu().clone() for name, p in module.named_parameters() for key in OPTIMIZER_STATES
+        f"{key}/{name}": _full(engine, p, key).detach().cpu().clone()
+        for name, p in module.named_parameters()
+        for key in OPTIMIZER_STATES
     }
     path = folder / f"step-{state.step:08d}"
     if distributed.ranks_from_environment().is_main:
@@ -80,7 +82,9 @@ def save(folder: Path, engine: Any, module: nn.Module, ema: MovingAverage, state
             write_weights(aside / "ema.safetensors", ema.weights)
             write_weights(aside / "optimizer.safetensors", moments)
             digests = {name: sha256(aside / name) for name in TENSOR_FILES}
-            write_json(aside / "state.json", {"format_version": FORMAT_VERSION, "sha256": digests, "state": state.to_dict()})
+            write_json(
+                aside / "state.json", {"format_version": FORMAT_VERSION, "sha256": digests, "state": state.to_dict()}
+            )
         except OSError as error:
             shutil.rmtree(aside, ignore_errors=True)
             raise InputError(f"{path}: cannot write the checkpoint: {error}; earlier checkpoints are intact") from error
@@ -124,7 +128,9 @@ def newest(folder: Path) -> Path | None:
     path = folder / pointer.read_text().strip()
     if path.parent != folder or not (path / "state.json").is_file():
         have = ", ".join(p.name for p in sorted(folder.glob("step-*[0-9]"))) or "none"
-        raise InputError(f"{pointer}: names {path.name!r}, which is not a whole checkpoint; write one of these into it: {have}")
+        raise InputError(
+            f"{pointer}: names {path.name!r}, which is not a whole checkpoint; write one of these into it: {have}"
+        )
     return path
 
 
@@ -136,11 +142,16 @@ def read_state(path: Path) -> TrainState:
     """
     content = read_json(path / "state.json")
     if content.get("format_version") != FORMAT_VERSION:
-        raise InputError(f"{path}: checkpoint format {content.get('format_version')!r}, this version reads {FORMAT_VERSION}")
+        raise InputError(
+            f"{path}: checkpoint format {content.get('format_version')!r}, this version reads {FORMAT_VERSION}"
+        )
     for name, digest in content["sha256"].items():
         if sha256(path / name) != digest:
             others = ", ".join(p.name for p in sorted(path.parent.glob("step-*[0-9]")) if p != path) or "none"
-            raise InputError(f"{path / name}: damaged (SHA-256 differs); write the name of an earlier checkpoint into {path.parent / 'latest'}: {others}")
+            raise InputError(
+                f"{path / name}: damaged (SHA-256 differs); write the name of an earlier checkpoint into "
+                f"{path.parent / 'latest'}: {others}"
+            )
     return TrainState.from_dict(content["state"], str(path / "state.json"))
 
 
@@ -149,15 +160,23 @@ def restore(path: Path, engine: Any, module: nn.Module, ema: MovingAverage, stat
     weights = read_weights(path / "model.safetensors")
     moments = read_weights(path / "optimizer.safetensors")
     names = [name for name, _ in module.named_parameters()]
-    for found, wanted in ((set(weights), set(names)), (set(moments), {f"{k}/{n}" for n in names for k in OPTIMIZER_STATES})):
+    for found, wanted in (
+        (set(weights), set(names)),
+        (set(moments), {f"{k}/{n}" for n in names for k in OPTIMIZER_STATES}),
+    ):
         if found != wanted:
-            raise InputError(f"{path}: its tensors are of another model; first differing one: {sorted(found ^ wanted)[0]}")
+            raise InputError(
+                f"{path}: its tensors are of another model; first differing one: {sorted(found ^ wanted)[0]}"
+            )
     device = next(module.parameters()).device
     stage = engine.zero_optimization_stage()
     inner = engine.optimizer if stage == 0 else engine.optimizer.optimizer
     for group in inner.param_groups:
         for p in group["params"]:  # what AdamW makes at its first step
-            inner.state[p] = {"step": torch.tensor(float(state.step)), **{k: torch.zeros_like(p) for k in OPTIMIZER_STATES}}
+            inner.state[p] = {
+                "step": torch.tensor(float(state.step)),
+                **{k: torch.zeros_like(p) for k in OPTIMIZER_STATES},
+            }
     if stage > 0:
         _link_states(engine)
     with torch.no_grad():

@@ -1,6 +1,7 @@
 """Where a run's metrics go: metrics.jsonl always, wandb as the recipe says, and the terminal. Rank 0 only.
 
-Metric names: ``train/loss``, ``train/<fidelity>/<property>`` (share of the loss), ``val/loss``, ``val/<fidelity>/loss``,
+Metric names: ``train/loss``, ``train/<fidelity>/<property>`` (share of the loss), ``val/loss``,
+``val/<fidelity>/loss``,
 ``val/<fidelity>/<property>_mae`` and ``_rmse`` in meV/atom, meV/Å and meV/Å³, ``lr``, ``grad_norm``,
 ``labels/<fidelity>/<property>`` (live labels of the step), ``atoms_per_s``, ``edges_per_s``.
 """
@@ -26,7 +27,17 @@ from mffm.config.recipe import LogSection
 class RunLog:
     """Writes metrics and shows progress; does nothing on ranks other than 0."""
 
-    def __init__(self, run: Path, config: LogSection, total_steps: int, start_step: int, name: str, resolved: Mapping[str, Any], wandb_id: str, active: bool):
+    def __init__(
+        self,
+        run: Path,
+        config: LogSection,
+        total_steps: int,
+        start_step: int,
+        name: str,
+        resolved: Mapping[str, Any],
+        wandb_id: str,
+        active: bool,
+    ):
         self.active = active
         self.total = total_steps
         self.wandb_id = wandb_id
@@ -51,7 +62,9 @@ class RunLog:
     def __enter__(self) -> "RunLog":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if not self.active:
             return
         if self._progress is not None:
@@ -69,7 +82,14 @@ class RunLog:
         os.environ.setdefault("WANDB_SILENT", "true")
         self.wandb_id = self.wandb_id or secrets.token_hex(4)
         self._wandb = wandb.init(
-            project=config.project, name=name, group=config.group, id=self.wandb_id, resume="allow", mode=mode, dir=str(run), config=dict(resolved)
+            project=config.project,
+            name=name,
+            group=config.group,
+            id=self.wandb_id,
+            resume="allow",
+            mode=mode,
+            dir=str(run),
+            config=dict(resolved),
         )
 
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
@@ -99,7 +119,7 @@ class RunLog:
 
 
 def wandb_mode() -> Literal["online", "offline"]:
-    """Return what ``auto`` means here: WANDB_MODE where it is set, else online with a key or a netrc entry, else offline."""
+    """Return what ``auto`` means here: WANDB_MODE where it is set; online with a key or a netrc entry; else offline."""
     if os.environ.get("WANDB_MODE") in ("online", "offline"):
         return "online" if os.environ["WANDB_MODE"] == "online" else "offline"
     if os.environ.get("WANDB_API_KEY"):

@@ -49,7 +49,9 @@ def train(recipe: Recipe) -> Outcome:
     run = Path(recipe.run_folder)
     ranks = distributed.ranks_from_environment()
     if ranks.is_main and (run / "checkpoints" / "latest").exists():
-        raise InputError(f"{run}: holds a run already; go on with `mffm resume {run}`, or give another folder with run=...")
+        raise InputError(
+            f"{run}: holds a run already; go on with `mffm resume {run}`, or give another folder with run=..."
+        )
     return _run(recipe, run, resume=False)
 
 
@@ -90,7 +92,16 @@ def _run(recipe: Recipe, run: Path, resume: bool) -> Outcome:
         setup.store, setup.plan, setup.fidelities, recipe.model.backbone.cutoff, Cursor.from_dict(state.cursor),
         rank=ranks.rank, world_size=ranks.world_size, last_step=recipe.train.steps,
     )  # fmt: skip
-    log = RunLog(run, recipe.log, recipe.train.steps, state.step, recipe.name, recipe.model_dump(mode="json"), state.wandb_id, ranks.is_main)
+    log = RunLog(
+        run,
+        recipe.log,
+        recipe.train.steps,
+        state.step,
+        recipe.name,
+        recipe.model_dump(mode="json"),
+        state.wandb_id,
+        ranks.is_main,
+    )
     with log, loader, _interrupt_flag() as interrupted:
         state.wandb_id = log.wandb_id
         _say_start(log, setup, ranks, n_microbatches, latest)
@@ -107,7 +118,16 @@ def _run(recipe: Recipe, run: Path, resume: bool) -> Outcome:
             last = state.step == recipe.train.steps
             stop = distributed.any_rank(interrupted(), device)
             if state.step % recipe.train.log_every == 0 or last:
-                _log_step(log, setup, plan, state.step, distributed.sum_over_ranks(parts), lr, engine, time.perf_counter() - started)
+                _log_step(
+                    log,
+                    setup,
+                    plan,
+                    state.step,
+                    distributed.sum_over_ranks(parts),
+                    lr,
+                    engine,
+                    time.perf_counter() - started,
+                )
             if state.step % recipe.train.validate_every == 0 or last:
                 evaluated.load_state_dict(ema.weights)
                 _keep_best(run, validator(evaluated), state, evaluated, recipe, log, ranks)
@@ -128,7 +148,9 @@ def _run(recipe: Recipe, run: Path, resume: bool) -> Outcome:
     return Outcome(run, state.step, ended, state.best)
 
 
-def train_step(engine: Any, setup: Setup, plan: StepPlan, batches: list, ranks: distributed.Ranks, lr: float, device: torch.device) -> tuple[float, torch.Tensor]:
+def train_step(
+    engine: Any, setup: Setup, plan: StepPlan, batches: list, ranks: distributed.Ranks, lr: float, device: torch.device
+) -> tuple[float, torch.Tensor]:
     """Do one optimiser update; return this rank's share of the loss and its parts per (property, fidelity).
 
     DeepSpeed averages gradients over ranks and divides by the accumulation steps, so it is handed world size ×
@@ -138,7 +160,10 @@ def train_step(engine: Any, setup: Setup, plan: StepPlan, batches: list, ranks: 
     for group in engine.optimizer.param_groups:
         group["lr"] = lr
     divisors = setup.loss.divisors(plan.counts, setup.plan.expected_counts).to(device)
-    total, parts = 0.0, torch.zeros(len(setup.loss.properties), len(setup.fidelities), dtype=torch.float64, device=device)
+    total, parts = (
+        0.0,
+        torch.zeros(len(setup.loss.properties), len(setup.fidelities), dtype=torch.float64, device=device),
+    )
     for batch in batches:
         loss, part = engine(batch.to(device, non_blocking=True), divisors)
         engine.backward(loss * (ranks.world_size * len(batches)))
@@ -164,7 +189,8 @@ def _restore(path: Path, setup: Setup, engine: Any, ema: MovingAverage, world_si
     state = checkpoint.read_state(path)
     if state.plan_fingerprint != setup.plan.fingerprint:
         raise InputError(
-            f"{path}: was written on other data or another plan (fingerprint {state.plan_fingerprint[:12]}, now {setup.plan.fingerprint[:12]}); "
+            f"{path}: was written on other data or another plan (fingerprint {state.plan_fingerprint[:12]}, now "
+            f"{setup.plan.fingerprint[:12]}); "
             f"a resume needs the same; start a new run from these weights with start_from"
         )
     checkpoint.restore(path, engine, setup.potential, ema, state)
@@ -180,8 +206,16 @@ def _advance(state: TrainState, setup: Setup, plan: StepPlan, cursor: Cursor, em
         state.systems_seen[name] = state.systems_seen.get(name, 0) + int((plan.fidelity_idx == f).sum())
 
 
-def _keep_best(run: Path, metrics: dict[str, float], state: TrainState, evaluated: torch.nn.Module, recipe: Recipe, log: RunLog, ranks: distributed.Ranks) -> None:
-    """Log a validation and keep the weights of the best one: by the recipe's metric, and of each fidelity by its loss."""
+def _keep_best(
+    run: Path,
+    metrics: dict[str, float],
+    state: TrainState,
+    evaluated: torch.nn.Module,
+    recipe: Recipe,
+    log: RunLog,
+    ranks: distributed.Ranks,
+) -> None:
+    """Log a validation; keep the weights that are best by the recipe's metric, and by each fidelity's loss."""
     metric = recipe.train.best
     if metric not in metrics:
         raise InputError(f"train.best: no metric {metric!r}; this run measures: {known(metrics)}")
@@ -199,7 +233,9 @@ def _keep_best(run: Path, metrics: dict[str, float], state: TrainState, evaluate
     log.say(f"step {state.step} validation: loss {metrics['val/loss']:.4f}  {shown}")
 
 
-def _log_step(log: RunLog, setup: Setup, plan: StepPlan, step: int, parts: torch.Tensor, lr: float, engine: Any, seconds: float) -> None:
+def _log_step(
+    log: RunLog, setup: Setup, plan: StepPlan, step: int, parts: torch.Tensor, lr: float, engine: Any, seconds: float
+) -> None:
     values = {"train/loss": float(parts.sum()), "lr": lr, "grad_norm": float(engine.get_global_grad_norm() or 0.0)}
     for p, prop in enumerate(setup.loss.properties):
         for f, name in enumerate(setup.fidelities.names):
@@ -222,14 +258,20 @@ def _write_run_folder(run: Path, setup: Setup, ds_config: dict[str, Any]) -> Non
 
 
 def _say_start(log: RunLog, setup: Setup, ranks: distributed.Ranks, n_microbatches: int, latest: Path | None) -> None:
-    labels = "; ".join(f"{name}: " + ", ".join(f"{n:,} {p}" for p, n in counts.items()) for name, counts in setup.spec.label_counts.items())
+    labels = "; ".join(
+        f"{name}: " + ", ".join(f"{n:,} {p}" for p, n in counts.items())
+        for name, counts in setup.spec.label_counts.items()
+    )
     log.say(
-        f"{setup.recipe.name}: {setup.potential.n_parameters:,} parameters, {ranks.world_size} rank(s) × {n_microbatches} microbatch(es), "
+        f"{setup.recipe.name}: {setup.potential.n_parameters:,} parameters, {ranks.world_size} rank(s) × "
+        f"{n_microbatches} microbatch(es), "
         f"ZeRO {setup.recipe.deepspeed.zero_stage}; labels {labels}"
     )
     for name, n in setup.plan.oversize.items():
         if n:
-            log.say(f"pool {name}: {n} frames are over the budget (data.plan.oversize: {setup.recipe.data.plan.oversize})")
+            log.say(
+                f"pool {name}: {n} frames are over the budget (data.plan.oversize: {setup.recipe.data.plan.oversize})"
+            )
     if latest is not None:
         log.say(f"resumed from {latest.name}")
 
@@ -239,7 +281,9 @@ def _quarantined(run: Path, setup: Setup, plan: StepPlan, step: int, ranks: dist
     path = run / "quarantine" / f"step-{step:08d}.json"
     if ranks.is_main:
         names = [setup.fidelities.names[i] for i in plan.fidelity_idx]
-        write_json(path, {"step": step, "rows": plan.rows.tolist(), "fidelities": names, "store": str(setup.store.path)})
+        write_json(
+            path, {"step": step, "rows": plan.rows.tolist(), "fidelities": names, "store": str(setup.store.path)}
+        )
     return InputError(
         f"step {step}: the loss is not finite; the frames of the step are listed in {path}. "
         "Look at their labels, or lower optim.lr, and resume from the last checkpoint"

@@ -48,7 +48,8 @@ def prepare(recipe: Recipe) -> Setup:
     store = Store(recipe.data.store)
     if recipe.data.fingerprint not in (None, store.fingerprint):
         raise InputError(
-            f"{store.path}: fingerprint {store.fingerprint}, but the recipe pins data.fingerprint {recipe.data.fingerprint}; "
+            f"{store.path}: fingerprint {store.fingerprint}, but the recipe pins data.fingerprint "
+            f"{recipe.data.fingerprint}; "
             "use the store that the recipe was written for, or change the pin"
         )
     fidelities = FidelityTable(store.fidelities[name] for name in recipe.fidelities)
@@ -65,7 +66,9 @@ def prepare(recipe: Recipe) -> Setup:
         references=fit_references(recipe, store, fidelities, rows, base),
         avg_neighbors=base.spec.avg_neighbors if base else average_neighbors(pools),
         scale=base.spec.scale if base else force_scale(store, pools),
-        label_counts={name: {prop: n for (f, prop), n in used.items() if f == i} for i, name in enumerate(fidelities.names)},
+        label_counts={
+            name: {prop: n for (f, prop), n in used.items() if f == i} for i, name in enumerate(fidelities.names)
+        },
         provenance=provenance(recipe, store, plan, base),
     )
     torch.manual_seed(recipe.seed)
@@ -75,7 +78,9 @@ def prepare(recipe: Recipe) -> Setup:
     return Setup(recipe, store, fidelities, plan, loss, spec, potential, used)
 
 
-def fit_references(recipe: Recipe, store: Store, fidelities: FidelityTable, rows: dict[str, np.ndarray], base: Loaded | None) -> references.ElementReferences:
+def fit_references(
+    recipe: Recipe, store: Store, fidelities: FidelityTable, rows: dict[str, np.ndarray], base: Loaded | None
+) -> references.ElementReferences:
     """Return the element references of a run.
 
     A fidelity that starts from another one of the base (``model.init_from``) gets references fitted on what the base's
@@ -92,7 +97,10 @@ def fit_references(recipe: Recipe, store: Store, fidelities: FidelityTable, rows
     config = recipe.references.model_copy(update={"given": {**recipe.references.given, **refitted}})
     result = references.fit(store, fidelities.names, rows, config)
     for name in refitted:
-        result.report[name].update(method="refitted", reason=f"fitted on the labels minus the predictions of {base.path} at {recipe.model.init_from[name]!r}")
+        result.report[name].update(
+            method="refitted",
+            reason=f"fitted on the labels minus the predictions of {base.path} at {recipe.model.init_from[name]!r}",
+        )
     return result
 
 

@@ -14,7 +14,8 @@ class TrainState:
         step: finished optimiser updates.
         cursor: the plan's cursor after that step.
         plan_fingerprint: of everything that decides the order of the data.
-        world_size: ranks that wrote the state; another number resumes with the same global batches, not bit-identically.
+        world_size: ranks that wrote the state; another number resumes with the same global batches, not
+            bit-identically.
         systems_seen: fidelity → systems trained on.
         best: metric name → {"value", "step"}.
         validations_since_best: for early stopping.
@@ -44,5 +45,8 @@ class TrainState:
         """
         expected = set(cls.__dataclass_fields__)
         if set(content) != expected:
-            raise InputError(f"{place}: keys differ from this version's: {sorted(set(content) ^ expected)}; resume with the version that wrote it")
+            raise InputError(
+                f"{place}: keys differ from this version's: {sorted(set(content) ^ expected)}; resume with the "
+                "version that wrote it"
+            )
         return cls(**content)

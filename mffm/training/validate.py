@@ -50,13 +50,17 @@ class Validator:
                     self.batches.append(batch)
                 index += 1
         if not self.counts:
-            raise InputError(f"split {split!r} holds no label of {', '.join(fidelities.names)}; name another with data.validation_split")
+            raise InputError(
+                f"split {split!r} holds no label of {', '.join(fidelities.names)}; name another with "
+                "data.validation_split"
+            )
 
     def _mask_unreferenced(self, batch: Batch, store: Store, trained: bool) -> None:
         """Leave out energies of a fidelity trained without energies: it has no element references to compare them with.
 
         Raises:
-            InputError: the fidelity's energies are trained, but a validation system has an element that training has not.
+            InputError: the fidelity's energies are trained, but a validation system has an element that training has
+                not.
         """
         bad = reference_energy(batch, self.table).isnan() & batch.masks[ENERGY]
         if trained and bad.any():
@@ -73,7 +77,9 @@ class Validator:
         """Return the metrics of a potential: val/loss, val/<fidelity>/loss, val/<fidelity>/<property>_{mae,rmse}."""
         divisors = self.loss.divisors(self.counts, {}, "per_fidelity").to(self.table.device)
         errors = ErrorSums(self.fidelities.names, device=self.table.device)
-        losses = torch.zeros(len(self.loss.properties), len(self.fidelities), dtype=torch.float64, device=self.table.device)
+        losses = torch.zeros(
+            len(self.loss.properties), len(self.fidelities), dtype=torch.float64, device=self.table.device
+        )
         potential.eval()
         for batch in self.batches:
             prediction = potential(batch, forces=True, stress=self.has_stress)

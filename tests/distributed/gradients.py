@@ -1,4 +1,4 @@
-"""One global batch dealt out to the ranks of this job; rank 0 writes the gradient. Started by torchrun from test_parity.py.
+"""One global batch dealt out to the ranks of this job; rank 0 writes the gradient. Started by test_parity.py.
 
     gradients.py RECIPE OUTPUT engine|plain
 engine: through DeepSpeed, float32. plain: autograd and one all-reduce, float64.
@@ -63,7 +63,15 @@ def main() -> None:
     setup = prepare(recipe)
     table = setup.spec.reference_table()
     dtype = torch.float64 if sys.argv[3] == "plain" else torch.float32
-    loader = Loader(setup.store, setup.plan, setup.fidelities, recipe.model.backbone.cutoff, rank=ranks.rank, world_size=ranks.world_size, dtype=dtype)
+    loader = Loader(
+        setup.store,
+        setup.plan,
+        setup.fidelities,
+        recipe.model.backbone.cutoff,
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+        dtype=dtype,
+    )
     plan, batches, _ = next(loader)
     loader.close()
     if sys.argv[3] == "plain":

@@ -17,7 +17,15 @@ SHAPES = {"1x4": (1, 150), "2x2": (2, 150), "4x1": (4, 150)}
 
 
 def torchrun(ranks: int, *arguments: str) -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), *arguments]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        str(ranks),
+        *arguments,
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
 
@@ -72,7 +80,12 @@ def test_two_ranks_train_like_one(make_recipe: Callable[..., Path], tmp_path: Pa
     curves, weights = {}, {}
     for ranks, edges in ((1, 300), (2, 150)):
         run = tmp_path / f"run{ranks}"
-        recipe = make_recipe(f"ranks{ranks}", run=str(run), data=plan_section(base, edges), deepspeed={"zero_stage": 1 if ranks == 2 else 0})
+        recipe = make_recipe(
+            f"ranks{ranks}",
+            run=str(run),
+            data=plan_section(base, edges),
+            deepspeed={"zero_stage": 1 if ranks == 2 else 0},
+        )
         torchrun(ranks, "-m", "mffm", "train", str(recipe))
         rows = [json.loads(s) for s in (run / "metrics.jsonl").read_text().splitlines()]
         curves[ranks] = [r for r in rows if "train/loss" in r]

@@ -12,7 +12,9 @@ import yaml
 
 
 def mffm(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-m", "mffm", *arguments], capture_output=True, text=True, timeout=280, cwd=cwd)
+    return subprocess.run(
+        [sys.executable, "-m", "mffm", *arguments], capture_output=True, text=True, timeout=280, cwd=cwd
+    )
 
 
 def refused(*arguments: str) -> str:
@@ -30,7 +32,10 @@ def test_starts_in_under_a_second_and_without_torch(command: list[str]):
         subprocess.run([sys.executable, *command], check=True, capture_output=True)
         best = min(best, time.perf_counter() - started)
     assert best < 1.0
-    probe = "import sys, runpy\nsys.argv=['mffm','--help']\ntry: runpy.run_module('mffm', run_name='__main__')\nexcept SystemExit: pass\nprint('torch' in sys.modules)"
+    probe = (
+        "import sys, runpy\nsys.argv=['mffm','--help']\n"
+        "try: runpy.run_module('mffm', run_name='__main__')\nexcept SystemExit: pass\nprint('torch' in sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True).stdout.endswith("False\n")
 
 
@@ -114,14 +119,21 @@ def test_wandb_offline_records_the_run(make_recipe: Callable[..., Path], tmp_pat
     done = mffm("train", str(make_recipe(log={"wandb": "offline", "group": "g"})))
     assert done.returncode == 0, done.stderr
     (folder,) = (tmp_path / "run" / "wandb").glob("offline-run-*")
-    shown = subprocess.run([str(Path(sys.executable).parent / "wandb"), "leet", "inspect", "--json", str(folder)], capture_output=True, text=True)
+    shown = subprocess.run(
+        [str(Path(sys.executable).parent / "wandb"), "leet", "inspect", "--json", str(folder)],
+        capture_output=True,
+        text=True,
+    )
     assert "val/pbe/loss" in shown.stdout
     state = json.loads((tmp_path / "run" / "checkpoints" / "step-00000006" / "state.json").read_text())["state"]
     assert folder.name.endswith(state["wandb_id"])
 
 
 def test_patience_stops_early(make_recipe: Callable[..., Path]):
-    recipe = make_recipe(train={"steps": 40, "validate_every": 1, "save_every": 40, "patience": 2, "best": "val/gfn2/loss"}, optim={"lr": 1e-12})
+    recipe = make_recipe(
+        train={"steps": 40, "validate_every": 1, "save_every": 40, "patience": 2, "best": "val/gfn2/loss"},
+        optim={"lr": 1e-12},
+    )
     done = mffm("train", str(recipe))
     assert done.returncode == 0
     assert "stopped_early" in done.stderr
@@ -132,5 +144,7 @@ def test_fine_tune_starts_from_a_run(tiny_run: Path, make_recipe: Callable[..., 
     recipe = yaml.safe_load(make_recipe("base").read_text())
     data = {**recipe["data"], "plan": {"pools": pools, "edge_budget": 600}}
     model = {**recipe["model"], "heads": {"kind": "shared", "hidden": [8]}}
-    refused_message = refused("train", str(make_recipe("other-heads", data=data, model=model, start_from=str(tiny_run))))
+    refused_message = refused(
+        "train", str(make_recipe("other-heads", data=data, model=model, start_from=str(tiny_run)))
+    )
     assert "heads" in refused_message

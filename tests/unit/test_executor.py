@@ -1,7 +1,8 @@
 import sys
-import threading
 import time
 from pathlib import Path
+
+import pytest
 
 from mffm.executor import Job, LocalExecutor
 
@@ -38,17 +39,17 @@ def test_workers_bound_what_runs_at_once(tmp_path: Path):
 
 def test_interrupt_ends_the_processes(tmp_path: Path):
     marker = tmp_path / "alive"
-    code = f"import time, pathlib\nfor i in range(100):\n    pathlib.Path({str(marker)!r}).write_text(str(i)); time.sleep(0.05)"
+    code = (
+        "import time, pathlib\nfor i in range(100):\n"
+        f"    pathlib.Path({str(marker)!r}).write_text(str(i)); time.sleep(0.05)"
+    )
 
     def report(states):
         if marker.exists():
             raise KeyboardInterrupt
 
-    try:
+    with pytest.raises(KeyboardInterrupt):
         LocalExecutor(1, poll_seconds=0.02).run([Job("a", python(code), tmp_path / "a.log")], report)
-    except KeyboardInterrupt:
-        pass
     before = marker.read_text()
     time.sleep(0.2)
     assert marker.read_text() == before
-    assert threading.active_count() >= 1

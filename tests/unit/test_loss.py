@@ -25,12 +25,13 @@ def make_batch(n_atoms, fidelity, energy_mask, force_mask, seed=0):
     rand = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)  # noqa: E731
     index = torch.zeros(total, 1, dtype=torch.long)
     return Batch(
-        atomic_numbers=torch.ones(total, dtype=torch.long), positions=rand(total, 3), cell=torch.zeros(n, 3, 3), neighbors=index,
-        neighbor_mask=index.bool(), edge_vectors=rand(total, 1, 3), reverse=index,
+        atomic_numbers=torch.ones(total, dtype=torch.long), positions=rand(total, 3),
+        cell=torch.zeros(n, 3, 3),
+        neighbors=index, neighbor_mask=index.bool(), edge_vectors=rand(total, 1, 3), reverse=index,
         system_idx=torch.repeat_interleave(torch.arange(n), torch.tensor(n_atoms)), fidelity_idx=torch.tensor(fidelity),
         n_atoms=torch.tensor(n_atoms), volume=torch.zeros(n), charge=torch.zeros(n), spin_multiplicity=torch.zeros(n),
         labels={ENERGY: rand(n), FORCES: rand(total, 3), STRESS: rand(n, 3, 3)},
-        masks={ENERGY: torch.tensor(energy_mask), FORCES: torch.tensor(force_mask), STRESS: torch.zeros(n, dtype=torch.bool)},
+        masks={ENERGY: torch.tensor(energy_mask), FORCES: torch.tensor(force_mask), STRESS: torch.zeros(n) > 0},
         weights={p: torch.ones(n, dtype=torch.float64) for p in (ENERGY, FORCES, STRESS)}, rows=torch.arange(n),
     )  # fmt: skip
 
@@ -43,7 +44,11 @@ USED = {(0, ENERGY): 5, (0, FORCES): 5, (1, ENERGY): 5}
 
 
 def test_pooled_value_by_hand():
-    config = LossConfig(energy=TermConfig(form="mae", weight=2.0), forces=TermConfig(form="mae", weight=3.0), weights={"hf": {"energy": 10.0}})
+    config = LossConfig(
+        energy=TermConfig(form="mae", weight=2.0),
+        forces=TermConfig(form="mae", weight=3.0),
+        weights={"hf": {"energy": 10.0}},
+    )
     loss = Loss(config, ["lf", "hf"], USED)
     batch = make_batch([2, 3, 4], [0, 1, 0], [True, True, False], [True, False, True])
     counts = {(0, ENERGY): 1, (1, ENERGY): 1, (0, FORCES): 18}
@@ -56,8 +61,14 @@ def test_pooled_value_by_hand():
 
 
 def test_per_fidelity_and_expected_divide_by_their_own_counts():
-    counts, expected = {(0, ENERGY): 8, (1, ENERGY): 2, (0, FORCES): 30}, {(0, ENERGY): 7.5, (1, ENERGY): 2.5, (0, FORCES): 33.0}
-    rows = {n: Loss(LossConfig(normalisation=n), ["lf", "hf"], USED).divisors(counts, expected) for n in ("pooled", "per_fidelity", "expected")}
+    counts, expected = (
+        {(0, ENERGY): 8, (1, ENERGY): 2, (0, FORCES): 30},
+        {(0, ENERGY): 7.5, (1, ENERGY): 2.5, (0, FORCES): 33.0},
+    )
+    rows = {
+        n: Loss(LossConfig(normalisation=n), ["lf", "hf"], USED).divisors(counts, expected)
+        for n in ("pooled", "per_fidelity", "expected")
+    }
     torch.testing.assert_close(rows["pooled"], torch.tensor([[0.1, 0.1], [1 / 30, 1 / 30]], dtype=torch.float64))
     torch.testing.assert_close(rows["per_fidelity"], torch.tensor([[1 / 8, 1 / 2], [1 / 30, 0.0]], dtype=torch.float64))
     torch.testing.assert_close(rows["expected"], torch.tensor([[1 / 7.5, 1 / 2.5], [1 / 33, 0.0]], dtype=torch.float64))
@@ -67,8 +78,13 @@ def test_masked_label_has_no_value_and_no_gradient_even_if_it_is_infinite():
     loss = Loss(LossConfig(), ["lf", "hf"], USED)
     batch = make_batch([2, 2], [0, 1], [True, False], [True, False])
     batch.labels[ENERGY][1] = 1e30
-    prediction = Predicted(torch.zeros(2, dtype=torch.float64, requires_grad=True), torch.zeros(4, 3, dtype=torch.float64, requires_grad=True))
-    value, _ = loss(prediction, batch, torch.zeros(2, dtype=torch.float64), loss.divisors({(0, ENERGY): 1, (0, FORCES): 6}, {}))
+    prediction = Predicted(
+        torch.zeros(2, dtype=torch.float64, requires_grad=True),
+        torch.zeros(4, 3, dtype=torch.float64, requires_grad=True),
+    )
+    value, _ = loss(
+        prediction, batch, torch.zeros(2, dtype=torch.float64), loss.divisors({(0, ENERGY): 1, (0, FORCES): 6}, {})
+    )
     value.backward()
     assert torch.isfinite(value)
     assert prediction.energy.grad[1] == 0
@@ -97,12 +113,15 @@ def test_huber_is_mae_far_out_and_quadratic_close_in():
     assert torch.isclose(penalty(torch.tensor(0.01), term), torch.tensor(0.01**2 / 2 / 0.1))
 
 
-@pytest.mark.parametrize("ranks, microbatches", [(1, 4), (2, 2), (4, 1), (1, 1), (1, 3)])
+@pytest.mark.parametrize(("ranks", "microbatches"), [(1, 4), (2, 2), (4, 1), (1, 1), (1, 3)])
 @pytest.mark.parametrize("normalisation", ["pooled", "per_fidelity", "expected"])
 def test_gradient_does_not_depend_on_the_partition(ranks, microbatches, normalisation):
     """fp64, 1e-12: sums divided once by global counts. Bins are unequal, one has no label of a fidelity."""
     n_atoms, fidelity = [2, 3, 4, 2, 5, 3, 2], [0, 1, 0, 0, 1, 0, 1]
-    energy_mask, force_mask = [True, True, False, True, True, True, False], [True, False, True, True, False, False, False]
+    energy_mask, force_mask = (
+        [True, True, False, True, True, True, False],
+        [True, False, True, True, False, False, False],
+    )
     whole = make_batch(n_atoms, fidelity, energy_mask, force_mask)
     loss = Loss(LossConfig(normalisation=normalisation), ["lf", "hf"], USED)
     counts = {(0, ENERGY): 3, (1, ENERGY): 2, (0, FORCES): 24}
@@ -112,13 +131,28 @@ def test_gradient_does_not_depend_on_the_partition(ranks, microbatches, normalis
     def gradient(bins):
         parameter = torch.tensor([0.3, -0.7], dtype=torch.float64, requires_grad=True)
         for systems in bins:
-            atoms = torch.cat([torch.arange(int(starts[s]), int(starts[s + 1])) for s in systems]) if systems else torch.arange(0)
-            part = make_batch([n_atoms[s] for s in systems] or [1], [fidelity[s] for s in systems] or [0], [False] * max(len(systems), 1), [False] * max(len(systems), 1))
+            atoms = (
+                torch.cat([torch.arange(int(starts[s]), int(starts[s + 1])) for s in systems])
+                if systems
+                else torch.arange(0)
+            )
+            part = make_batch(
+                [n_atoms[s] for s in systems] or [1],
+                [fidelity[s] for s in systems] or [0],
+                [False] * max(len(systems), 1),
+                [False] * max(len(systems), 1),
+            )
             if systems:
                 index = torch.tensor(systems)
-                part.labels = {ENERGY: whole.labels[ENERGY][index], FORCES: whole.labels[FORCES][atoms], STRESS: whole.labels[STRESS][index]}
+                part.labels = {
+                    ENERGY: whole.labels[ENERGY][index],
+                    FORCES: whole.labels[FORCES][atoms],
+                    STRESS: whole.labels[STRESS][index],
+                }
                 part.masks = {k: v[index] for k, v in whole.masks.items()}
-            prediction = Predicted(parameter[0] * part.n_atoms.double() ** 2, parameter[1] * part.labels[FORCES].square())
+            prediction = Predicted(
+                parameter[0] * part.n_atoms.double() ** 2, parameter[1] * part.labels[FORCES].square()
+            )
             value, _ = loss(prediction, part, torch.zeros(part.n_systems, dtype=torch.float64), divisors)
             value.backward()
         return parameter.grad

@@ -1,4 +1,5 @@
 import math
+from itertools import pairwise
 
 import torch
 from torch import nn
@@ -14,13 +15,20 @@ def test_schedule_warms_up_peaks_and_ends_at_its_fraction():
     assert rates[9] == 1.0
     assert max(rates) == 1.0
     assert math.isclose(rates[100], 0.1)
-    assert all(a >= b for a, b in zip(rates[10:], rates[11:], strict=False))
+    assert all(a >= b for a, b in pairwise(rates[10:]))
 
 
 def test_only_matrices_decay():
     module = nn.Sequential(nn.Linear(3, 2), nn.LayerNorm(2))
-    decay = {id(p): g["weight_decay"] for g in adamw(module, OptimConfig(weight_decay=0.5)).param_groups for p in g["params"]}
-    assert {name: decay[id(p)] for name, p in module.named_parameters()} == {"0.weight": 0.5, "0.bias": 0.0, "1.weight": 0.0, "1.bias": 0.0}
+    decay = {
+        id(p): g["weight_decay"] for g in adamw(module, OptimConfig(weight_decay=0.5)).param_groups for p in g["params"]
+    }
+    assert {name: decay[id(p)] for name, p in module.named_parameters()} == {
+        "0.weight": 0.5,
+        "0.bias": 0.0,
+        "1.weight": 0.0,
+        "1.bias": 0.0,
+    }
 
 
 def test_moving_average_is_apart_and_follows_the_formula():

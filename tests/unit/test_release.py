@@ -21,7 +21,9 @@ def copy(tiny_release: Path, tmp_path: Path) -> Path:
 def test_round_trip_keeps_every_weight_and_reference(tiny_run: Path, tiny_release: Path):
     run, release = load(tiny_run), load(tiny_release)
     assert all((v == release.potential.state_dict()[k]).all() for k, v in run.potential.state_dict().items())
-    torch.testing.assert_close(run.spec.reference_table(), release.spec.reference_table(), rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(
+        run.spec.reference_table(), release.spec.reference_table(), rtol=0, atol=0, equal_nan=True
+    )
     assert release.fidelities.names == ("gfn2", "pbe")
     best = load_file(tiny_run / "weights" / "best.safetensors")
     assert all((best[k] == v).all() for k, v in release.potential.state_dict().items())
@@ -70,7 +72,7 @@ def test_tampered_weights_are_refused(copy: Path):
 def test_newer_format_says_so(copy: Path):
     config = json.loads((copy / "config.json").read_text())
     (copy / "config.json").write_text(json.dumps({**config, "format_version": 99}))
-    with pytest.raises(InputError, match="format version 99.*install a newer mffm"):
+    with pytest.raises(InputError, match=r"format version 99.*install a newer mffm"):
         load(copy)
 
 
@@ -78,7 +80,7 @@ def test_weights_of_another_shape_name_the_tensor(copy: Path):
     config = json.loads((copy / "config.json").read_text())
     config["model"]["backbone"]["channels"] = 12
     (copy / "config.json").write_text(json.dumps(config))
-    with pytest.raises(InputError, match="does not fit its config.json; first differing tensor"):
+    with pytest.raises(InputError, match=r"does not fit its config.json; first differing tensor"):
         load(copy)
 
 

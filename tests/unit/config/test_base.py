@@ -50,7 +50,9 @@ def test_fidelity_that_no_pool_has(changes):
 
 
 def test_overrides_reach_into_lists_and_keep_types():
-    content = apply_overrides(MINIMAL, ["train.steps=25", "data.plan.pools.0.weight=2.5", "optim.betas=[0.8, 0.9]", "start_from=null"])
+    content = apply_overrides(
+        MINIMAL, ["train.steps=25", "data.plan.pools.0.weight=2.5", "optim.betas=[0.8, 0.9]", "start_from=null"]
+    )
     loaded = validate(Recipe, content, "x")
     assert (loaded.train.steps, loaded.data.plan.pools[0].weight, loaded.optim.betas) == (25, 2.5, (0.8, 0.9))
     assert MINIMAL["train"]["steps"] == 10
@@ -58,7 +60,11 @@ def test_overrides_reach_into_lists_and_keep_types():
 
 @pytest.mark.parametrize(
     ("override", "message"),
-    [("train.steps", "expected key.key=value"), ("name.x=1", "not a group of keys"), ("data.plan.pools.7.weight=1", "not an index into a list of 1")],
+    [
+        ("train.steps", "expected key.key=value"),
+        ("name.x=1", "not a group of keys"),
+        ("data.plan.pools.7.weight=1", "not an index into a list of 1"),
+    ],
 )
 def test_bad_override(override, message):
     with pytest.raises(InputError, match=message):

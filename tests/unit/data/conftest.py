@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+
 from mffm.config.data import DataConfig
 
 SYMBOLS = {1: "H", 6: "C", 8: "O", 14: "Si"}

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+
 from mffm.data import checks
 from mffm.data.identity import geometry_hash, lookup_keys, same_geometry
 from mffm.data.ingest import ingest
@@ -68,7 +69,7 @@ def test_closest_pair_is_that_of_all_images(pbc):
             for i in range(5):
                 for j in range(5):
                     d = np.linalg.norm(x[j] - x[i] + shifts @ TRICLINIC, axis=1)
-                    best = min(best, d[d > 0].min() if i == j else d.min())
+                    best = min(best, d[d > 0].min(initial=np.inf) if i == j else d.min())
             pair = checks.closest_pair(x, TRICLINIC, pbc, within)
             assert (pair is None) == (best >= within)
             if pair is not None:

@@ -10,6 +10,7 @@ import pytest
 from ase import Atoms
 from ase.calculators.singlepoint import SinglePointCalculator
 from ase.db import connect
+
 from mffm.config.data import LabelSpec, SourceSpec
 from mffm.data.readers import RejectedFrame, read, reader_name
 from mffm.data.readers.convert import factor, formula
@@ -87,7 +88,9 @@ def test_units(prop, unit, expected):
     assert factor(prop, LabelSpec(key="k", unit=unit, negate=True)) == pytest.approx(-expected, rel=1e-6)
 
 
-@pytest.mark.parametrize(("prop", "unit"), [("energy", "Ha"), ("forces", "eV"), ("stress", "eV"), ("forces", "eV/inch")])
+@pytest.mark.parametrize(
+    ("prop", "unit"), [("energy", "Ha"), ("forces", "eV"), ("stress", "eV"), ("forces", "eV/inch")]
+)
 def test_unknown_unit_lists_the_known(prop, unit):
     with pytest.raises(InputError, match="known units|energy of"):
         factor(prop, LabelSpec(key="k", unit=unit))

@@ -302,6 +302,7 @@ def test_given_values_are_kept_and_the_rest_is_fitted():
 def test_a_fidelity_without_energies_has_no_references():
     compositions = compositions_of(random_formulas(50))
     store = LabelStore(compositions, lf=np.full(50, np.nan), hf=compositions @ vector(ALL_ELECTRON))
+    assert store.fit(method="paired").report["lf"]["method"] == "none"
     references = store.fit()
     assert references.report["lf"]["method"] == "none"
     assert "not trained" in references.report["lf"]["reason"]

@@ -10,6 +10,7 @@ import threading
 
 import numpy as np
 import pytest
+
 from mffm.data.edges import count_edges
 from mffm.data.ingest import ingest
 from mffm.data.layers import add_labels

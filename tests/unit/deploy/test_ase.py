@@ -43,7 +43,10 @@ def test_forces_and_stress_are_derivatives(tiny_release: Path):
     strained = []
     for sign in (1, -1):
         other = atoms.copy()
-        other.set_cell(atoms.cell.array @ (np.eye(3) + sign * 1e-4 * np.array([[1, 0, 0], [0, 0, 0.5], [0, 0.5, 0]])), scale_atoms=True)
+        other.set_cell(
+            atoms.cell.array @ (np.eye(3) + sign * 1e-4 * np.array([[1, 0, 0], [0, 0, 0.5], [0, 0.5, 0]])),
+            scale_atoms=True,
+        )
         other.calc = atoms.calc
         strained.append(other.get_potential_energy())
     expected = (strained[0] - strained[1]) / 2e-4 / atoms.get_volume()
@@ -68,7 +71,7 @@ def test_fidelities_differ_and_none_is_the_default(tiny_release: Path):
 def test_unknown_element_lists_the_known(tiny_release: Path):
     atoms = molecule("SiH4")
     atoms.calc = Calculator(tiny_release, fidelity="pbe")
-    with pytest.raises(InputError, match="element Si is unknown.*known elements: .*C.*H"):
+    with pytest.raises(InputError, match=r"element Si is unknown.*known elements: .*C.*H"):
         atoms.get_potential_energy()
 
 

@@ -33,12 +33,14 @@ def test_errors_equal_the_calculator_by_hand(tiny_run: Path, molecule_store: Pat
 
 
 def test_refitted_references_mend_a_composition_shift(tiny_run: Path, molecule_store: Path):
-    """GFN2 predictions against PBE labels: without a refit they are off by keV; with it by what references cannot mend."""
+    """GFN2 predictions against PBE labels: without a refit off by keV; with it by what references cannot mend."""
     store, loaded = Store(molecule_store), load(tiny_run)
     rows = store.rows(split="train", fidelity="pbe")
     references = refit_references(loaded, store, rows, "pbe", "gfn2")
     plain = parity.evaluate(loaded, store, "train", ["pbe"], predict_as="gfn2").rows()[0]["mae"]
-    refitted = parity.evaluate(loaded, store, "train", ["pbe"], predict_as="gfn2", references=references).rows()[0]["mae"]
+    refitted = parity.evaluate(loaded, store, "train", ["pbe"], predict_as="gfn2", references=references).rows()[0][
+        "mae"
+    ]
     assert plain > 1e5
     assert refitted < 1e3
 
@@ -51,7 +53,7 @@ def test_files_and_unknown_names(tiny_run: Path, molecule_store: Path, tmp_path:
     assert figure.stat().st_size > 10_000
     with pytest.raises(InputError, match="'scan'"):
         parity.evaluate(loaded, store, "val", ["scan"])
-    with pytest.raises(InputError, match="unknown split|no split"):
+    with pytest.raises(InputError, match=r"split"):
         parity.evaluate(loaded, store, "nowhere")
     with pytest.raises(InputError, match="unknown fidelity 'ccsdt'"):
         parity.evaluate(loaded, store, "val", ["ccsdt"])

@@ -16,12 +16,16 @@ TRAIN = {"steps": 20, "validate_every": 5, "save_every": 10, "log_every": 1, "th
 
 
 def mffm(*arguments: str, **kwargs) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "-m", "mffm", *arguments], capture_output=True, text=True, timeout=240, **kwargs)
+    return subprocess.run(
+        [sys.executable, "-m", "mffm", *arguments], capture_output=True, text=True, timeout=240, **kwargs
+    )
 
 
 def bytes_of(run: Path, step: int = 20) -> dict[str, bytes]:
     folder = run / "checkpoints" / f"step-{step:08d}"
-    return {name: (folder / name).read_bytes() for name in ("model.safetensors", "ema.safetensors", "optimizer.safetensors")}
+    return {
+        name: (folder / name).read_bytes() for name in ("model.safetensors", "ema.safetensors", "optimizer.safetensors")
+    }
 
 
 def losses(run: Path) -> list[dict]:
@@ -30,13 +34,17 @@ def losses(run: Path) -> list[dict]:
 
 
 def start_and_signal(recipe: Path, run: Path, number: int, after_step: int) -> int:
-    """Start a run, send a signal once a checkpoint of ``after_step`` or a metric row of it is there; return the exit code."""
-    process = subprocess.Popen([sys.executable, "-m", "mffm", "train", str(recipe)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    """Start a run, send a signal once a metric row of ``after_step`` is there; return the exit code."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "mffm", "train", str(recipe)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
     deadline = time.monotonic() + 180
     try:
         while time.monotonic() < deadline and process.poll() is None:
             log = run / "metrics.jsonl"
-            if log.exists() and any(json.loads(s)["step"] >= after_step for s in log.read_text().splitlines() if s.endswith("}")):
+            if log.exists() and any(
+                json.loads(s)["step"] >= after_step for s in log.read_text().splitlines() if s.endswith("}")
+            ):
                 break
             time.sleep(0.003)
         process.send_signal(number)
@@ -68,11 +76,15 @@ def test_kill_and_resume_is_bit_identical(uninterrupted: Path, make_recipe: Call
         assert all((mine[k] == whole[k]).all() for k in whole)
 
 
-def test_interrupt_saves_at_a_step_boundary_and_says_how_to_go_on(uninterrupted: Path, make_recipe: Callable[..., Path], tmp_path: Path):
+def test_interrupt_saves_at_a_step_boundary_and_says_how_to_go_on(
+    uninterrupted: Path, make_recipe: Callable[..., Path], tmp_path: Path
+):
     run = tmp_path / "interrupted"
     recipe = make_recipe("interrupted", run=str(run), train=TRAIN)
     assert start_and_signal(recipe, run, signal.SIGTERM, after_step=3) == 75
-    step = json.loads((run / "checkpoints" / (run / "checkpoints" / "latest").read_text().strip() / "state.json").read_text())["state"]["step"]
+    step = json.loads(
+        (run / "checkpoints" / (run / "checkpoints" / "latest").read_text().strip() / "state.json").read_text()
+    )["state"]["step"]
     assert 3 <= step < 20
     assert mffm("resume", str(run)).returncode == 0
     assert bytes_of(run) == bytes_of(uninterrupted)
