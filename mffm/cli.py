@@ -45,12 +45,15 @@ def ingest(
     from mffm.config.base import load
     from mffm.config.data import DataConfig
     from mffm.data import ingest as ingest_module
+    from mffm.data import layers
 
     data = load(DataConfig, config, overrides or [])
-    if add_labels is None:
-        report = ingest_module.ingest(data, config.parent, store)
-    else:
-        report = ingest_module.add_labels(store or Path(data.store), data, config.parent, add_labels)
+    if add_labels is not None:
+        numbers = layers.add_labels(store or Path(data.store), data, config.parent, add_labels, progress=True)
+        shown = ", ".join(f"{n:,} {what}" for what, n in numbers.items())
+        console.print(f"{store or data.store}: layer {add_labels}: {shown}", highlight=False)
+        return
+    report = ingest_module.ingest(data, config.parent, store)
     if report.already_complete:
         console.print(f"{report.store}: complete already, with the same data and configuration", highlight=False)
     splits = [*report.split_frames, "all"]

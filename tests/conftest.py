@@ -71,6 +71,11 @@ def molecule_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "store"
 
 
+@pytest.fixture(scope="session", name="tiny_recipe")
+def _tiny_recipe() -> Callable[[Path, Path], dict[str, Any]]:
+    return tiny_recipe
+
+
 def tiny_recipe(store: Path, run: Path) -> dict[str, Any]:
     """Return a recipe of seconds: two fidelities, two microbatches, delta heads, conditioning."""
     return {

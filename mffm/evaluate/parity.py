@@ -24,9 +24,9 @@ class Evaluation:
     """
 
     split: str
-    labels: dict[tuple[str, str], np.ndarray] = field(default_factory=dict)
-    predictions: dict[tuple[str, str], np.ndarray] = field(default_factory=dict)
-    n_systems: dict[tuple[str, str], int] = field(default_factory=dict)
+    labels: dict[tuple[str, Property], np.ndarray] = field(default_factory=dict)
+    predictions: dict[tuple[str, Property], np.ndarray] = field(default_factory=dict)
+    n_systems: dict[tuple[str, Property], int] = field(default_factory=dict)
     unreferenced: dict[str, int] = field(default_factory=dict)
 
     def rows(self) -> list[dict[str, Any]]:

@@ -1,6 +1,6 @@
 """How the fidelity enters the backbone: a scale and a shift of scalar features at the sites that the backbone names.
 
-Kinds (methods in notes/methods.md):
+Kinds:
 
 onehot      SevenNet-MF (Kim et al. 2025): a one-hot of the fidelity concatenated to the scalar input of the linear maps
             before and after each convolution and of the output block. Since a one-hot reaches only scalar outputs, that

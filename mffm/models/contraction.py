@@ -1,7 +1,7 @@
 """Operations that are their own family of derivatives: gathers over a full neighbor list, channelwise products.
 
-Each is an ``autograd.Function`` whose backward is built of the same Functions, so that any order of derivative exists and
-none needs an ``index_add``: results do not depend on the order of atomics.
+Each is an ``autograd.Function`` whose backward is built of the same Functions, so that any order of derivative exists
+and none needs an ``index_add``: results do not depend on the order of atomics.
 """
 
 from typing import Any
@@ -22,15 +22,15 @@ class _Gather(torch.autograd.Function):
         return x.index_select(0, neighbors.view(-1))
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         return _ReverseSum.apply(grad, *ctx.saved_tensors), None, None
 
 
 class _ReverseSum(torch.autograd.Function):
     """[n_atoms * K, C] → [n_atoms, C]: the sum over the slots whose sender is the atom; the transpose of ``_Gather``.
 
-    The slots in which atom j is the sender are the partners of j's own slots, ``reverse[j]``. Unused slots are their own
-    partner and their own sender, so the two are exact transposes with the padding included.
+    The slots in which atom j is the sender are the partners of j's own slots, ``reverse[j]``. Unused slots are their
+    own partner and their own sender, so the two are exact transposes with the padding included.
     """
 
     @staticmethod
@@ -40,7 +40,7 @@ class _ReverseSum(torch.autograd.Function):
         return x.index_select(0, reverse.view(-1)).view(n_atoms, k, -1).sum(1)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         return _Gather.apply(grad, *ctx.saved_tensors), None, None
 
 
@@ -111,7 +111,7 @@ class _BilinearFunction(torch.autograd.Function):
         return product.evaluate(x, y)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         x, y = ctx.saved_tensors
         for_x, for_y = ctx.product.derivatives()
         grad_x = for_x(grad, y) if ctx.needs_input_grad[0] else None
@@ -127,6 +127,6 @@ class _SquareFunction(torch.autograd.Function):
         return product.evaluate(x, x)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (x,) = ctx.saved_tensors
         return ctx.product.gradient()(grad, x), None

@@ -13,6 +13,7 @@ MACE (Batatia 2022), GRACE (Bochkarev 2024); the order "sum, then couple" is MAC
 """
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from math import pi, sqrt
 from typing import NamedTuple, Protocol
 
@@ -52,11 +53,11 @@ class Backbone(Protocol):
     sites: dict[str, int]
 
     def __call__(self, batch: Batch, edge_vectors: Tensor, modulations: Mapping[str, Modulation]) -> Tensor:
-        """Return invariant features [n_atoms, n_features]; modulations map sites to (scale, shift), [n_atoms, width]."""
+        """Return invariant features [n_atoms, n_features]; modulations: site → (scale, shift), [n_atoms, width]."""
         ...
 
     def site(self, name: str) -> tuple[nn.Parameter, nn.Parameter]:
-        """Return the weight [in, width] and bias [width] of the linear map whose output the site is; not for "output"."""
+        """Return weight [in, width] and bias [width] of the linear map whose output the site is; not of "output"."""
         ...
 
 
@@ -85,7 +86,7 @@ def envelope(x: Tensor, power: int) -> Tensor:
 
 
 def bessel(x: Tensor, n: int) -> Tensor:
-    """Return sqrt(2/3) sin(k π x) / x for k = 1..n, [E, n]: unit mean square where neighbors are spread evenly in space."""
+    """Return sqrt(2/3) sin(k π x) / x, k = 1..n, [E, n]: unit mean square for neighbors spread evenly in space."""
     frequencies = pi * torch.arange(1, n + 1, dtype=x.dtype, device=x.device)
     return torch.sin(x.unsqueeze(-1) * frequencies) * (sqrt(2 / 3) / x).unsqueeze(-1)
 
@@ -107,15 +108,15 @@ class DegreeLinear(nn.Module):
     def forward(self, x: Sequence[Tensor], onto: Sequence[Tensor] | None = None) -> list[Tensor]:
         """Return the maps of the first ``len(weights)`` degrees of ``x``, added to ``onto`` where given."""
         out = []
-        for l, weight in enumerate(self.weights):
-            rows = x[l].reshape(-1, weight.shape[0])
-            bias = self.bias if l == 0 else None
+        for degree, weight in enumerate(self.weights):
+            rows = x[degree].reshape(-1, weight.shape[0])
+            bias = self.bias if degree == 0 else None
             if onto is not None:
-                y = torch.addmm(onto[l].reshape(-1, weight.shape[1]), rows, weight)
+                y = torch.addmm(onto[degree].reshape(-1, weight.shape[1]), rows, weight)
                 y = y if bias is None else y + bias
             else:
                 y = rows @ weight if bias is None else torch.addmm(bias, rows, weight)
-            out.append(y.view(*x[l].shape[:2], weight.shape[1]))
+            out.append(y.view(*x[degree].shape[:2], weight.shape[1]))
         return out
 
 
@@ -164,21 +165,22 @@ def path_tensor(l_first: int, l_second: int, l_out: int, symmetric: bool = False
 
 def by_degree(rows: Tensor, n_paths: Sequence[int]) -> list[Tensor]:
     """Split [rows, N, C], ordered as in ``path_tensor``, into degrees: [2l + 1, N, n_paths * C]."""
-    sizes = [(2 * l + 1) * n for l, n in enumerate(n_paths)]
+    orders = [2 * degree + 1 for degree in range(len(n_paths))]
+    sizes = [m * n for m, n in zip(orders, n_paths, strict=True)]
     n_atoms, channels = rows.shape[1:]
     return [
-        part.view(2 * l + 1, n, n_atoms, channels).transpose(1, 2).reshape(2 * l + 1, n_atoms, n * channels)
-        for l, (part, n) in enumerate(zip(rows.split(sizes), n_paths, strict=True))
+        part.view(m, n, n_atoms, channels).transpose(1, 2).reshape(m, n_atoms, n * channels)
+        for part, m, n in zip(rows.split(sizes), orders, n_paths, strict=True)
     ]
 
 
 class Products(nn.Module):
-    """The density times itself, channel by channel, up to ``body_order``, mapped linearly to the degrees ≤ ``l_out``."""
+    """The density times itself, channel by channel, up to ``body_order``; linear maps to the degrees ≤ ``l_out``."""
 
     def __init__(self, lmax: int, l_out: int, channels: int, body_order: int):
         super().__init__()
         out = [channels] * (l_out + 1)
-        gain = 1 / sqrt(body_order - 1)
+        gain = 1 / sqrt(body_order - 1)  # of the sum of this many unit-variance parts
         self.linear = DegreeLinear(out, out, gain)
         self.square_linear: DegreeLinear | None = None
         self.cube_linear: DegreeLinear | None = None
@@ -251,8 +253,10 @@ class Layer(nn.Module):
         )
         tensor, self._paths = path_tensor(lmax, l_in, lmax)
         self._couple = Constant(tensor.reshape(len(tensor), -1) / sqrt(max(avg_neighbors, 1e-3)))
+        # Neighbors of one kind add up coherently: half the gain keeps densities, and their squares, of the order of 1.
         self.receive = DegreeLinear([n * c_edge for n in self._paths], [c] * (lmax + 1), gain=0.5)
         self.gate = DegreeLinear([c], [c * (lmax + 1)], gain=0.3)
+        assert self.gate.bias is not None
         nn.init.ones_(self.gate.bias)
         self.products = Products(lmax, l_out, c, config.body_order)
         self.feed_forward = FeedForward(l_out, c, config.ff_expansion)
@@ -283,7 +287,7 @@ class Layer(nn.Module):
         x[0] = modulated(x[0], modulations.get(f"{prefix}.receive"))
         gates = self.gate(u[:1])[0].chunk(self._lmax + 1, dim=-1)
         x = [y * gate for y, gate in zip(x, gates, strict=True)]
-        h = self.products(x, [h[l] if l <= self._l_in else None for l in range(self._l_out + 1)])
+        h = self.products(x, [h[degree] if degree <= self._l_in else None for degree in range(self._l_out + 1)])
         return self.feed_forward(h, modulations.get(f"{prefix}.update"))
 
 
@@ -302,13 +306,14 @@ class DensityBackbone(nn.Module):
         self.elements = nn.Embedding(N_ELEMENTS + 1, config.channels)
         hidden = config.radial_hidden
         self.trunk = nn.ParameterList(
-            [normal_parameter(config.n_radial, hidden, fan_in=config.n_radial), normal_parameter(hidden, hidden, fan_in=hidden, gain=SILU_GAIN)]
+            [
+                normal_parameter(config.n_radial, hidden, fan_in=config.n_radial),
+                normal_parameter(hidden, hidden, fan_in=hidden, gain=SILU_GAIN),
+            ]
         )
         self.trunk_bias = nn.ParameterList(nn.Parameter(torch.zeros(hidden)) for _ in range(2))
         degrees = [0] + [config.l_message] * (config.layers - 1) + [0]
-        self.layers = nn.ModuleList(
-            Layer(config, l_in, l_out, avg_neighbors) for l_in, l_out in zip(degrees, degrees[1:], strict=False)
-        )
+        self.layers = nn.ModuleList(Layer(config, l_in, l_out, avg_neighbors) for l_in, l_out in pairwise(degrees))
         self.sites: dict[str, int] = {}
         for i, layer in enumerate(self.layers):
             assert isinstance(layer, Layer)
@@ -320,7 +325,9 @@ class DensityBackbone(nn.Module):
     def site(self, name: str) -> tuple[nn.Parameter, nn.Parameter]:
         index, place = name.split(".")
         layer = self.layers[int(index)]
-        linear = layer.feed_forward.up if place == "update" else getattr(layer, place)
+        assert isinstance(layer, Layer)
+        linear = {"send": layer.send, "receive": layer.receive, "update": layer.feed_forward.up}[place]
+        assert linear.bias is not None
         return linear.weights[0], linear.bias
 
     def edge_basis(self, edge_vectors: Tensor, dtype: torch.dtype) -> EdgeBasis:

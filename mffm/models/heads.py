@@ -1,13 +1,14 @@
 """How features become atom energies, per fidelity.
 
 shared       one MLP for all fidelities.
-independent  an MLP for each fidelity (IDLe; Messerly et al. with ``hidden: []``). Every head runs on its own atoms on every
-             rank, and on none if there are none: the autograd graph, and so the order in which gradients arrive, is the
-             same everywhere (ZeRO-2 mixes the gradients of different heads silently otherwise, notes/distributed.md §A3).
+independent  an MLP for each fidelity (IDLe; Messerly et al. with ``hidden: []``). Every head runs on its own atoms on
+             every rank, and on none if there are none: the autograd graph, and so the order in which gradients arrive,
+             is the same everywhere (otherwise ZeRO-2 silently mixes the gradients of different heads).
 delta        the base fidelity's MLP plus, for each other fidelity, a correction that starts at zero.
 """
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -19,14 +20,14 @@ from mffm.models.density import SILU_GAIN
 
 
 class Mlp(nn.Module):
-    """[n, widths[0]] → [n]; silu between layers. With ``stack`` every parameter has a leading axis of that many MLPs."""
+    """[n, widths[0]] → [n]; silu between layers. With ``stack`` every parameter has a leading axis of so many MLPs."""
 
     def __init__(self, widths: Sequence[int], stack: int | None = None, zero_output: bool = False):
         super().__init__()
         lead = () if stack is None else (stack,)
         sizes = [*widths, 1]
         self.weights, self.biases = nn.ParameterList(), nn.ParameterList()
-        for i, (n_in, n_out) in enumerate(zip(sizes, sizes[1:], strict=False)):
+        for i, (n_in, n_out) in enumerate(pairwise(sizes)):
             last = i == len(widths) - 1
             std = (1.0 if i == 0 else SILU_GAIN) / n_in**0.5 * (0.0 if last and zero_output else 1.0)
             self.weights.append(nn.Parameter(torch.randn(*lead, n_in, n_out) * std))

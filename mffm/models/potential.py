@@ -11,7 +11,7 @@ from mffm.batch import Batch
 from mffm.config.model import ConditioningConfig, ModelConfig
 from mffm.errors import InputError, known
 from mffm.models.contraction import sum_over_sent
-from mffm.models.terms import LearnedTerm
+from mffm.models.terms import LearnedTerm, TermOutput
 
 
 @dataclass(slots=True)
@@ -84,7 +84,7 @@ class Potential(nn.Module):
     def forward(self, batch: Batch, forces: bool = True, stress: bool = False) -> Prediction:
         """Return the predictions for a batch.
 
-        In training mode, and where gradients are enabled, they are differentiable in the parameters; otherwise detached.
+        In training mode, where gradients are enabled, they are differentiable in the parameters; otherwise detached.
         The batch's edge vectors count as constants: positions get no gradient but the forces.
 
         Raises:
@@ -95,22 +95,22 @@ class Potential(nn.Module):
         derivatives = forces or stress
         with torch.set_grad_enabled(train or derivatives):
             edge_vectors = batch.edge_vectors.detach().requires_grad_(derivatives)
-            outputs = [term(batch, edge_vectors) for term in self.terms.values()]
-            atom_energies = torch.stack([o.atom_energies for o in outputs]).sum(0) if len(outputs) > 1 else outputs[0].atom_energies
+            outputs: list[TermOutput] = [term(batch, edge_vectors) for term in self.terms.values()]
+            atom_energies = sum((o.atom_energies for o in outputs[1:]), outputs[0].atom_energies)
             systems = batch.system_idx
             energy = torch.zeros(batch.n_systems, dtype=torch.float64, device=systems.device)
             energy = energy.index_add(0, systems, atom_energies.to(torch.float64))
             prediction = Prediction(energy, atom_energies, None, None)
             if derivatives:
-                # The float64 sum has gradient 1 for each atom: the same derivative, without its kernels.
-                total = torch.stack([o.atom_energies.sum() for o in outputs if o.forces is None]).sum()
+                # Terms with their own forces have no graph. The sum over atoms has the gradient of the float64 one.
+                total = sum((o.atom_energies.sum() for o in outputs if o.forces is None), edge_vectors.new_zeros(()))
                 (gradient,) = torch.autograd.grad(total, edge_vectors, create_graph=train)
                 if forces:
-                    prediction.forces = self._forces(batch, gradient)
-                    prediction.forces = sum((o.forces for o in outputs if o.forces is not None), prediction.forces)
+                    own = [o.forces for o in outputs if o.forces is not None]
+                    prediction.forces = sum(own, self._forces(batch, gradient))
                 if stress:
-                    virial = self._virial(batch, edge_vectors.detach(), gradient)
-                    virial = sum((o.virial for o in outputs if o.virial is not None), virial)
+                    given = [o.virial for o in outputs if o.virial is not None]
+                    virial = sum(given, self._virial(batch, edge_vectors.detach(), gradient))
                     prediction.stress = self._stress(batch, virial)
         if not train:
             prediction.energy, prediction.atom_energies = prediction.energy.detach(), prediction.atom_energies.detach()
@@ -145,7 +145,8 @@ class Potential(nn.Module):
         own = next(self.parameters()).dtype
         if (own == torch.float64) != (batch.edge_vectors.dtype == torch.float64):
             raise InputError(
-                f"batch in {batch.edge_vectors.dtype}, potential in {own}: collate with dtype={own} or convert the potential"
+                f"batch in {batch.edge_vectors.dtype}, potential in {own}: "
+                f"collate with dtype={own} or convert the potential"
             )
 
     def per_fidelity(self) -> set[str]:
@@ -176,15 +177,20 @@ class Potential(nn.Module):
         own = self.state_dict()
         for new, source in init_from.items():
             if new not in self.fidelities:
-                raise InputError(f"init_from names fidelity {new!r}, which this potential lacks; it has: {known(self.fidelities)}")
+                raise InputError(
+                    f"init_from names fidelity {new!r}, which this potential lacks; it has: {known(self.fidelities)}"
+                )
             if source not in fidelities:
-                raise InputError(f"init_from[{new!r}] = {source!r}, which the weights lack; they have: {known(fidelities)}")
+                raise InputError(
+                    f"init_from[{new!r}] = {source!r}, which the weights lack; they have: {known(fidelities)}"
+                )
         self._check_delta_base(state, fidelities)
         if set(own) != set(state):
             missing, extra = sorted(set(own) - set(state)), sorted(set(state) - set(own))
             raise InputError(
                 f"the weights are of another kind of potential: missing {', '.join(missing) or 'nothing'}; "
-                f"not used {', '.join(extra) or 'nothing'}; give model the backbone, conditioning and heads of the release"
+                f"not used {', '.join(extra) or 'nothing'}; "
+                "give model the backbone, conditioning and heads of the release"
             )
         rows = {f: init_from.get(f, f) for f in self.fidelities}
         sources = [fidelities.index(name) if name in fidelities else None for name in rows.values()]
@@ -227,7 +233,10 @@ class Potential(nn.Module):
         if base not in fidelities:
             raise InputError(f"heads.base {base!r} is not a fidelity of the weights; they have: {known(fidelities)}")
         if bool(output[list(fidelities).index(base)].any()):
-            raise InputError(f"heads.base {base!r} has a correction in the weights: they were trained with another base; name that one")
+            raise InputError(
+                f"heads.base {base!r} has a correction in the weights: "
+                "they were trained with another base; name that one"
+            )
 
     @torch.no_grad()
     def folded(self, fidelity: str) -> "Potential":

@@ -22,7 +22,7 @@ from mffm.data.loader import Loader
 from mffm.data.plan import Cursor, StepPlan
 from mffm.errors import InputError, known
 from mffm.optim import MovingAverage, adamw, learning_rate
-from mffm.release import write_json, write_weights
+from mffm.release import PotentialSpec, write_json, write_weights
 from mffm.training import checkpoint
 from mffm.training.log import RunLog
 from mffm.training.setup import Setup, Trainee, deepspeed_config, prepare
@@ -69,7 +69,8 @@ def _run(recipe: Recipe, run: Path, resume: bool) -> Outcome:
         torch.set_num_threads(recipe.train.threads)
     ranks = distributed.ranks_from_environment()
     device = distributed.start(ranks)
-    setup = prepare(recipe)
+    latest = checkpoint.newest(run / "checkpoints") if resume else None
+    setup = prepare(recipe, PotentialSpec.read(run / "potential")[0] if latest else None)
     n_microbatches = setup.plan.n_microbatches(ranks.world_size)
     ds_config = deepspeed_config(recipe, ranks, n_microbatches)
     if ranks.is_main:
@@ -81,7 +82,6 @@ def _run(recipe: Recipe, run: Path, resume: bool) -> Outcome:
     evaluated = setup.spec.build().to(device).requires_grad_(False)
     ema = MovingAverage(module.named_parameters(), recipe.optim.ema_decay)
     state = TrainState(0, setup.plan.start().to_dict(), setup.plan.fingerprint, ranks.world_size)
-    latest = checkpoint.newest(run / "checkpoints") if resume else None
     if latest is not None:
         state = _restore(latest, setup, engine, ema, ranks.world_size)
     validator = Validator(

@@ -39,8 +39,11 @@ class Setup:
     used: dict[tuple[int, Property], int]
 
 
-def prepare(recipe: Recipe) -> Setup:
+def prepare(recipe: Recipe, saved: PotentialSpec | None = None) -> Setup:
     """Build a run from its recipe.
+
+    Args:
+        saved: of a run that is resumed; its element references and scales are kept, not fitted again.
 
     Raises:
         InputError: the store, the recipe and the base do not fit each other.
@@ -53,12 +56,15 @@ def prepare(recipe: Recipe) -> Setup:
             "use the store that the recipe was written for, or change the pin"
         )
     fidelities = FidelityTable(store.fidelities[name] for name in recipe.fidelities)
-    base = load(recipe.start_from) if recipe.start_from else None
+    base = load(recipe.start_from) if recipe.start_from and saved is None else None
     cutoff = recipe.model.backbone.cutoff
     pools = build_pools(store, recipe.data.plan, fidelities, cutoff)
     plan = Plan(pools, recipe.data.plan, recipe.seed)
     used = live_labels(pools)
     loss = Loss(recipe.loss, fidelities.names, used)
+    torch.manual_seed(recipe.seed)
+    if saved is not None:
+        return Setup(recipe, store, fidelities, plan, loss, saved, saved.build(), used)
     rows = {name: np.unique(np.concatenate([p.rows for p in pools if p.fidelity == name])) for name in fidelities.names}
     spec = PotentialSpec(
         model=recipe.model,
@@ -71,7 +77,6 @@ def prepare(recipe: Recipe) -> Setup:
         },
         provenance=provenance(recipe, store, plan, base),
     )
-    torch.manual_seed(recipe.seed)
     potential = spec.build()
     if base is not None:
         potential.load_weights(base.potential.state_dict(), base.fidelities.names, recipe.model.init_from)

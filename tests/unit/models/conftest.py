@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cache
 from types import SimpleNamespace
 
 import numpy as np
@@ -26,7 +26,9 @@ BACKBONES = {
 TINY = {"cutoff": CUTOFF, "channels": 8, "edge_channels": 4, "radial_hidden": 8, "n_radial": 4}
 
 
-def edges(positions: np.ndarray, cell: np.ndarray | None, cutoff: float) -> list[tuple[int, int, tuple[int, ...], np.ndarray]]:
+def edges(
+    positions: np.ndarray, cell: np.ndarray | None, cutoff: float
+) -> list[tuple[int, int, tuple[int, ...], np.ndarray]]:
     """Return every (receiver, sender, shift, vector) with 0 < length < cutoff, by trying all images in reach."""
     shifts: list[tuple[int, ...]] = [(0, 0, 0)]
     if cell is not None:
@@ -45,7 +47,10 @@ def edges(positions: np.ndarray, cell: np.ndarray | None, cutoff: float) -> list
 
 
 def build_batch(
-    systems: Sequence[System], fidelity_idx: Sequence[int] | None = None, dtype: torch.dtype = torch.float64, cutoff: float = CUTOFF
+    systems: Sequence[System],
+    fidelity_idx: Sequence[int] | None = None,
+    dtype: torch.dtype = torch.float64,
+    cutoff: float = CUTOFF,
 ) -> Batch:
     """Return systems as a batch without labels."""
     lists = [edges(p, c, cutoff) for _, p, c in systems]
@@ -116,15 +121,17 @@ def crystal(seed: int = 1) -> System:
     return np.array([14, 8]), positions, cell
 
 
-def make_config(backbone: str = "default", conditioning: str = "none", heads: str = "shared", **changes: object) -> ModelConfig:
+def make_config(
+    backbone: str = "default", conditioning: str = "none", heads: str = "shared", zero_init: bool = False
+) -> ModelConfig:
     return ModelConfig(
         backbone=DensityConfig(**{**TINY, **BACKBONES[backbone]}),
-        conditioning=ConditioningConfig(kind=conditioning, dim=3, zero_init=bool(changes.get("zero_init", False))),
+        conditioning=ConditioningConfig(kind=conditioning, dim=3, zero_init=zero_init),
         heads=HeadsConfig(kind=heads, hidden=[6], base="pbe" if heads == "delta" else None),
     )
 
 
-@lru_cache(maxsize=None)
+@cache
 def make_potential(backbone: str = "default", conditioning: str = "none", heads: str = "shared") -> Potential:
     """A tiny float64 potential in which no parameter is zero; cached, so tests do not change it."""
     torch.manual_seed(0)
@@ -143,14 +150,22 @@ def make_potential(backbone: str = "default", conditioning: str = "none", heads:
 def kit() -> SimpleNamespace:
     """The functions of this file: test modules cannot import each other."""
     return SimpleNamespace(
-        batch=build_batch, molecule=molecule, crystal=crystal, config=make_config, potential=make_potential, cutoff=CUTOFF, fidelities=FIDELITIES
+        batch=build_batch,
+        molecule=molecule,
+        crystal=crystal,
+        config=make_config,
+        potential=make_potential,
+        cutoff=CUTOFF,
+        fidelities=FIDELITIES,
     )
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Every law runs on every backbone with every conditioning and every kind of heads."""
     if "potential" in metafunc.fixturenames:
-        kinds = itertools.product(BACKBONES, ("none", "onehot", "embedding", "film"), ("shared", "independent", "delta"))
+        kinds = itertools.product(
+            BACKBONES, ("none", "onehot", "embedding", "film"), ("shared", "independent", "delta")
+        )
         metafunc.parametrize("potential", list(kinds), indirect=True, ids="-".join)
 
 

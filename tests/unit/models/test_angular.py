@@ -14,10 +14,10 @@ def unit_vectors(n: int, seed: int = 0) -> np.ndarray:
     return x / np.linalg.norm(x, axis=1, keepdims=True)
 
 
-def wigner(l: int, q: np.ndarray) -> np.ndarray:
+def wigner(degree: int, q: np.ndarray) -> np.ndarray:
     """Return D with Y_l(q r) = D Y_l(r), from a fit over points."""
     points = unit_vectors(60)
-    columns = slice(l * l, (l + 1) ** 2)
+    columns = slice(degree**2, (degree + 1) ** 2)
     before, after = harmonics(LMAX, points)[:, columns], harmonics(LMAX, points @ q.T)[:, columns]
     return np.linalg.lstsq(before, after, rcond=None)[0].T
 
@@ -43,7 +43,7 @@ def test_orthonormal_over_the_sphere() -> None:
 def test_couplings_are_equivariant(determinant: int) -> None:
     q = np.linalg.qr(np.random.default_rng(3).normal(size=(3, 3)))[0]
     q *= np.linalg.det(q) * determinant
-    d = [wigner(l, q) for l in range(LMAX + 1)]
+    d = [wigner(degree, q) for degree in range(LMAX + 1)]
     assert np.allclose(d[1], q)
     for l3, pairs in enumerate(natural_paths(LMAX, LMAX, LMAX)):
         assert pairs

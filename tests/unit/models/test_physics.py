@@ -109,7 +109,7 @@ def test_stress_is_the_strain_derivative(potential: Potential, kit: SimpleNamesp
 
 
 def test_smooth_at_the_cutoff(potential: Potential, kit: SimpleNamespace) -> None:
-    """A pair within h of the cutoff has energy ~ h³ and force ~ h²: force / h vanishes, so two derivatives are continuous."""
+    """Within h of the cutoff a pair has energy ~ h³, force ~ h²: force / h vanishes, two derivatives are continuous."""
 
     def at(distance: float) -> tuple[np.ndarray, np.ndarray, None]:
         return np.array([8, 1]), np.array([[0.0, 0.0, 0.0], [0.6, 0.0, 0.8]]) * distance, None
@@ -293,7 +293,9 @@ def test_training_mode_and_no_grad_predict_the_same(potential: Potential, kit: S
     assert training.forces.requires_grad
     assert not quiet.energy.requires_grad
     for out in (training, quiet):
-        same(out.forces.detach(), reference.forces, 1e-12)  # not equal: with a graph, silu's derivative is another kernel
+        same(
+            out.forces.detach(), reference.forces, 1e-12
+        )  # not equal: with a graph, silu's derivative is another kernel
         same(out.energy.detach(), reference.energy, 1e-12)
     only_energy = potential(batch, forces=False)
     assert only_energy.forces is None

@@ -1,0 +1,135 @@
+"""Every published method is a recipe that trains: what it draws, which labels it uses, what it leaves out."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+
+LF = {"fidelity": "gfn2", "properties": ["energy", "forces"]}
+HF = {"fidelity": "pbe", "properties": ["energy", "forces"], "max_frames": 20}
+HF_ENERGY = {"fidelity": "ccsdt", "properties": ["energy"]}
+METHODS = {
+    "idle": ([LF, HF], "none", {"kind": "independent", "hidden": [8]}, {}),
+    "idle_from_lf_head": ([LF, HF], "none", {"kind": "independent", "hidden": [8], "init_from": {"pbe": "gfn2"}}, {}),
+    "lf_forces_hf_energies": ([LF, HF_ENERGY], "none", {"kind": "independent", "hidden": []}, {}),
+    "lf_forces_only": ([{**LF, "properties": ["forces"]}, HF_ENERGY], "none", {"kind": "shared", "hidden": [8]}, {}),
+    "sevennet_mf": ([LF, HF], "onehot", {"kind": "shared", "hidden": [8]}, {}),
+    "delta": ([LF, HF], "none", {"kind": "delta", "base": "gfn2", "hidden": [8]}, {}),
+    "embedding": ([LF, HF], "embedding", {"kind": "shared", "hidden": [8]}, {"normalisation": "per_fidelity"}),
+    "film": ([LF, HF], "film", {"kind": "independent", "hidden": [8]}, {"normalisation": "expected"}),
+}
+RUN_ALL = """
+import sys
+from mffm.config.base import load
+from mffm.config.recipe import Recipe
+from mffm.training.loop import train
+for path in sys.argv[1:]:
+    train(load(Recipe, path))
+"""
+
+
+@pytest.fixture(scope="module")
+def runs(
+    molecule_store: Path, tmp_path_factory: pytest.TempPathFactory, tiny_recipe: Callable[..., dict]
+) -> dict[str, Path]:
+    """All methods trained for ten steps, in one process that imports torch once."""
+    folder = tmp_path_factory.mktemp("methods")
+    recipes = []
+    for name, (pools, conditioning, heads, loss) in METHODS.items():
+        recipe = tiny_recipe(molecule_store, folder / name)
+        recipe["name"] = name
+        recipe["data"]["plan"]["pools"] = pools
+        recipe["data"]["plan"]["paired"] = name == "delta"
+        recipe["model"] = {**recipe["model"], "conditioning": {"kind": conditioning}, "heads": heads}
+        recipe["loss"] = loss
+        recipe["references"] = {"anchor": pools[0]["fidelity"]} if "energy" in pools[0]["properties"] else {}
+        recipe["train"] = {"steps": 10, "validate_every": 5, "save_every": 10, "log_every": 1, "threads": 1}
+        recipes.append(folder / f"{name}.yaml")
+        recipes[-1].write_text(yaml.safe_dump(recipe))
+    done = subprocess.run(
+        [sys.executable, "-c", RUN_ALL, *map(str, recipes)], capture_output=True, text=True, timeout=280
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return {name: folder / name for name in METHODS}
+
+
+def rows(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_method_trains(runs: dict[str, Path], name: str):
+    losses = [r["train/loss"] for r in rows(runs[name]) if "train/loss" in r]
+    assert len(losses) == 10
+    validations = [r["val/loss"] for r in rows(runs[name]) if "val/loss" in r]
+    assert validations[-1] < validations[0], "ten steps must lower the validation loss"
+
+
+def test_only_the_recipes_labels_are_used(runs: dict[str, Path]):
+    row = rows(runs["lf_forces_hf_energies"])[0]
+    assert {k for k in row if k.startswith("labels/")} == {
+        "labels/gfn2/energy",
+        "labels/gfn2/forces",
+        "labels/ccsdt/energy",
+    }
+    assert row["labels/ccsdt/energy"] > 0
+    row = rows(runs["lf_forces_only"])[0]
+    assert {k for k in row if k.startswith("labels/")} == {"labels/gfn2/forces", "labels/ccsdt/energy"}
+
+
+def test_a_fidelity_trained_without_energies_has_none(runs: dict[str, Path]):
+    """Its energies have no element references: they are not judged, and not predicted."""
+    from ase.build import molecule
+
+    from mffm.deploy.ase import Calculator
+    from mffm.errors import InputError
+
+    validation = next(r for r in rows(runs["lf_forces_only"]) if "val/loss" in r)
+    assert "val/gfn2/forces_mae" in validation
+    assert "val/gfn2/energy_mae" not in validation
+    atoms = molecule("CH4", calculator=Calculator(runs["lf_forces_only"], fidelity="gfn2"))
+    with pytest.raises(InputError, match="trained without energies"):
+        atoms.get_potential_energy()
+    atoms.calc = Calculator(runs["lf_forces_only"], fidelity="ccsdt")
+    assert atoms.get_potential_energy() < -1000
+
+
+def test_paired_draws_a_frame_at_all_its_fidelities(runs: dict[str, Path]):
+    for row in rows(runs["delta"]):
+        if "labels/pbe/energy" in row:
+            assert row["labels/gfn2/energy"] >= row["labels/pbe/energy"]
+
+
+def test_fine_tune_starts_as_its_parent_with_refitted_references(
+    runs: dict[str, Path], make_recipe: Callable[..., Path]
+):
+    """A new fidelity from a release: step 0 is no worse than the parent; other heads are refused with the reason."""
+    base = yaml.safe_load(make_recipe("base").read_text())
+    data = {**base["data"], "plan": {"pools": [{**HF, "max_frames": 30}], "edge_budget": 600}}
+    model = {"conditioning": {"kind": "none"}, "heads": {"kind": "shared", "hidden": [8]}, "init_from": {"pbe": "gfn2"}}
+    refused = subprocess.run(
+        [sys.executable, "-m", "mffm", "train", str(make_recipe("bad", data=data, model=model, start_from=str(runs["idle"])))],
+        capture_output=True, text=True, timeout=200,
+    )  # fmt: skip
+    assert refused.returncode == 2, refused.stderr
+    assert "heads" in refused.stderr
+
+    model = {
+        "conditioning": {"kind": "onehot"},
+        "heads": {"kind": "shared", "hidden": [8]},
+        "init_from": {"pbe": "gfn2"},
+    }
+    optim = {"lr": 1e-9, "ema_decay": 0.0, "warmup_steps": 0}
+    recipe = make_recipe("good", data=data, model=model, start_from=str(runs["sevennet_mf"]), optim=optim)
+    done = subprocess.run(
+        [sys.executable, "-m", "mffm", "train", str(recipe)], capture_output=True, text=True, timeout=200
+    )
+    assert done.returncode == 0, done.stderr
+    run = Path(yaml.safe_load(recipe.read_text())["run"])
+    at_start = next(r for r in rows(run) if "val/pbe/energy_mae" in r)
+    assert at_start["val/pbe/energy_mae"] < 500, "a composition-linear offset would be thousands of meV/atom"
+    assert "refitted" in (run / "references.md").read_text()
