@@ -4,7 +4,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -12,6 +12,9 @@ from mffm.config.base import dump, load
 from mffm.config.cluster import ClusterConfig
 from mffm.config.recipe import Recipe
 from mffm.errors import InputError
+
+if TYPE_CHECKING:
+    import submitit
 
 
 def train(recipe: str, threads: int) -> str:
@@ -41,8 +44,8 @@ def train(recipe: str, threads: int) -> str:
     return str(folder)
 
 
-def submit(recipe: Recipe, cluster: ClusterConfig) -> tuple[str, Path]:
-    """Write the resolved recipe into the run's folder and submit it; return job id and folder."""
+def submit(recipe: Recipe, cluster: ClusterConfig) -> "tuple[submitit.Job[str], Path]":
+    """Write the resolved recipe into the run's folder and submit it; return the job and the folder."""
     import submitit
 
     folder = Path(recipe.run_folder).resolve()
@@ -67,7 +70,7 @@ def submit(recipe: Recipe, cluster: ClusterConfig) -> tuple[str, Path]:
         parameters |= {"slurm_srun_args": ["--kill-on-bad-exit=1"], **cluster.slurm}
     executor.update_parameters(**parameters)
     job = executor.submit(train, str(resolved), cluster.cpus_per_task)
-    return str(job.job_id), folder
+    return job, folder
 
 
 def main(
@@ -81,7 +84,7 @@ def main(
     except InputError as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(2) from error
-    typer.echo(f"job {job}: {folder}, logs in {folder / 'submitit'}")
+    typer.echo(f"job {job.job_id}: {folder}, logs in {folder / 'submitit'}")
 
 
 if __name__ == "__main__":

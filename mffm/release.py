@@ -333,12 +333,20 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
 
 def write_weights(path: Path, state: Mapping[str, Tensor]) -> None:
-    """Write tensors aside, fsync, and rename: a half-written file never has the final name."""
+    """Write tensors aside, fsync, and rename: a half-written file never has the final name.
+
+    Raises:
+        InputError: the disk is full, or the folder cannot be written.
+    """
     aside = path.with_name(path.name + ".partial")
-    save_file({k: v.detach().cpu().contiguous().clone() for k, v in state.items()}, aside)
-    with aside.open("rb") as file:
-        os.fsync(file.fileno())
-    os.replace(aside, path)
+    try:
+        save_file({k: v.detach().cpu().contiguous().clone() for k, v in state.items()}, aside)
+        with aside.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    except (SafetensorError, OSError) as error:
+        aside.unlink(missing_ok=True)
+        raise InputError(f"{path}: cannot be written ({error}); free some space; what was there is intact") from error
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -94,10 +94,12 @@ def _file_digest(path: Path) -> str:
 
 
 def _config_hash(config: DataConfig, work: list[Work]) -> str:
-    """Return a hash of what decides the store's content; speed and edge counts do not."""
+    """Return a hash of what decides the store's content, the order of fidelities and splits too; speed and edge
+    counts do not.
+    """
     content = config.model_dump(mode="json", exclude={"store", "workers", "cutoffs"})
     files = [[w.source, w.path.name, _file_digest(w.path)] for w in work]
-    return hashlib.sha256(json.dumps([content, files], sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([content, files]).encode()).hexdigest()
 
 
 def process(chunk: Chunk, settings: Settings) -> tuple[list[Item | RejectedFrame], set[str]]:

@@ -151,8 +151,9 @@ class Potential(nn.Module):
 
     def per_fidelity(self) -> set[str]:
         """Return the names in the state dict whose rows are fidelities."""
-        parts = {"conditioning": self.learned.conditioning, "heads": self.learned.heads}
-        return {f"terms.learned.{part}.{name}" for part, module in parts.items() for name in module.per_fidelity()}
+        conditioning = {f"conditioning.{name}" for name in self.learned.conditioning.per_fidelity()}
+        heads = {f"heads.{name}" for name in self.learned.heads.per_fidelity()}
+        return {f"terms.learned.{name}" for name in conditioning | heads}
 
     @torch.no_grad()
     def load_weights(

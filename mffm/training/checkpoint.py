@@ -85,7 +85,7 @@ def save(folder: Path, engine: Any, module: nn.Module, ema: MovingAverage, state
             write_json(
                 aside / "state.json", {"format_version": FORMAT_VERSION, "sha256": digests, "state": state.to_dict()}
             )
-        except OSError as error:
+        except (OSError, InputError) as error:
             shutil.rmtree(aside, ignore_errors=True)
             raise InputError(f"{path}: cannot write the checkpoint: {error}; earlier checkpoints are intact") from error
         _sync_folder(aside)

@@ -65,7 +65,7 @@ def prepare(recipe: Recipe, saved: PotentialSpec | None = None) -> Setup:
     torch.manual_seed(recipe.seed)
     if saved is not None:
         return Setup(recipe, store, fidelities, plan, loss, saved, saved.build(), used)
-    rows = {name: np.unique(np.concatenate([p.rows for p in pools if p.fidelity == name])) for name in fidelities.names}
+    rows = {name: _energy_rows(pools, name) for name in fidelities.names}
     spec = PotentialSpec(
         model=recipe.model,
         fidelities=fidelities,
@@ -107,6 +107,12 @@ def fit_references(
             reason=f"fitted on the labels minus the predictions of {base.path} at {recipe.model.init_from[name]!r}",
         )
     return result
+
+
+def _energy_rows(pools: list[Pool], fidelity: str) -> np.ndarray:
+    """Return the rows whose energies the recipe trains: references are fitted on no other label. [n] int64"""
+    rows = [p.rows for p in pools if p.fidelity == fidelity and ENERGY in p.properties]
+    return np.unique(np.concatenate([np.zeros(0, np.int64), *rows]))
 
 
 def live_labels(pools: list[Pool]) -> dict[tuple[int, Property], int]:

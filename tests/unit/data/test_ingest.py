@@ -36,7 +36,7 @@ def names(store):
 def test_report(crystals, write_frames, data_config, tmp_path):
     bad = crystals[3] | {"energy": "nan"}
     write_frames("data.extxyz", [*crystals[:20], bad])
-    report = ingest(data_config(cutoffs=[3.0]), tmp_path, progress=False)
+    report = ingest(data_config(cutoffs=[4.0]), tmp_path, progress=False)
     assert (report.n_frames, report.n_rejected, report.n_merged) == (20, 1, 0)
     assert report.label_counts["all"] == {"pbe": {"energy": 20, "forces": 20}}
     assert sum(report.split_frames.values()) == 20
@@ -59,8 +59,8 @@ def test_again_does_nothing_and_another_yaml_is_refused(crystals, write_frames, 
     assert again.already_complete
     assert again.fingerprint == first.fingerprint
     assert {p: p.stat().st_mtime_ns for p in (tmp_path / "store").rglob("*") if p.is_file()} == times
-    ingest(data_config(cutoffs=[3.0]), tmp_path, progress=False)
-    assert Store(tmp_path / "store").n_edges(3.0).sum() > 0
+    ingest(data_config(cutoffs=[4.0]), tmp_path, progress=False)
+    assert Store(tmp_path / "store").n_edges(4.0).sum() > 0
     with pytest.raises(InputError, match="another data YAML"):
         ingest(data_config(min_distance=0.2), tmp_path, progress=False)
     write_frames("data.extxyz", crystals[:-1])
@@ -143,7 +143,7 @@ def test_given_splits_and_the_leak_in_them(crystals, write_frames, data_config, 
 
 
 def two_files(crystals, write_frames):
-    cheap = [{k: v for k, v in c.items()} for c in crystals[:30]]
+    cheap = [dict(c.items()) for c in crystals[:30]]
     rng = np.random.default_rng(1)
     dear = [
         {k: v for k, v in c.items() if k != "forces"} | {"energy": c["energy"] - 7, "positions": c["positions"] + d}
@@ -327,7 +327,7 @@ def large(structures, write_frames, data_config, tmp_path):
     (tmp_path / "b.extxyz").write_text((tmp_path / "b.extxyz").read_text().replace(" energy=", " cc="))
     labels = {"pbe": {"energy": "energy", "forces": "forces"}, "ccsdt": {"energy": "cc"}}
     config = data_config(["a.extxyz", "b.extxyz"], source_labels=labels, shard_frames=300)
-    (tmp_path / "data.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json")))
+    (tmp_path / "data.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
     return config, ingest(config, tmp_path, tmp_path / "undisturbed", progress=False).fingerprint
 
 
@@ -366,7 +366,7 @@ def test_killed_and_run_again(large, tmp_path, moment):
 def test_killed_with_workers(large, tmp_path):
     config, fingerprint = large
     content = yaml.safe_load((tmp_path / "data.yaml").read_text())
-    (tmp_path / "data.yaml").write_text(yaml.safe_dump(content | {"workers": 2}))
+    (tmp_path / "data.yaml").write_text(yaml.safe_dump(content | {"workers": 2}, sort_keys=False))
     process = run_ingest(tmp_path)
     deadline = time.monotonic() + 60
     while not (Path(config.store) / "geometry" / "00000.lmdb").exists() and time.monotonic() < deadline:
@@ -453,7 +453,7 @@ def test_memory_does_not_grow_with_frames(structures, write_frames, data_config,
         ]
         write_frames(f"{copies}/data.extxyz", every)
         config = data_config(store=str(folder / "store"), shard_frames=500)
-        (folder / "data.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json")))
+        (folder / "data.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
         process = run_ingest(
             folder, "import atexit, resource, sys\natexit.register(lambda: print(resource.getrusage(0)[2]))"
         )

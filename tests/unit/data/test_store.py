@@ -7,6 +7,7 @@ import pickle
 import subprocess
 import sys
 import threading
+from concurrent.futures import ProcessPoolExecutor
 
 import numpy as np
 import pytest
@@ -129,10 +130,6 @@ def test_edge_counts(store, tmp_path, monkeypatch):
     assert (store.n_edges(6.0) >= store.n_edges(5.0)).all()
 
 
-def _first_positions(store):
-    return store.geometry(0)[1].tolist()
-
-
 def test_processes_threads_and_copies(store):
     """Opened lazily in each process; forked, spawned and pickled stores read the same, as do threads."""
     expected = store.geometry(0)[1].tolist()
@@ -140,8 +137,8 @@ def test_processes_threads_and_copies(store):
     assert len(pickle.dumps(store)) < 500
     assert again.fingerprint == store.fingerprint
     for method in ("fork", "spawn"):
-        with multiprocessing.get_context(method).Pool(1) as pool:
-            assert pool.apply(_first_positions, (store,)) == expected
+        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context(method)) as pool:
+            assert pool.submit(Store.frame, store, 0).result(60).positions.tolist() == expected
     found = []
     threads = [
         threading.Thread(target=lambda: found.append([store.geometry(r)[1].sum() for r in range(store.n_frames)]))

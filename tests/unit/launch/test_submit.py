@@ -5,7 +5,6 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import submitit
 import yaml
 
 from launch.submit import submit
@@ -19,8 +18,7 @@ ROOT = Path(__file__).parents[3]
 def test_two_ranks_through_the_local_executor(make_recipe: Callable[..., Path], tmp_path: Path):
     recipe = load(Recipe, make_recipe())
     cluster = validate(ClusterConfig, {"executor": "local", "tasks_per_node": 2, "time_minutes": 5}, "x")
-    job_id, folder = submit(recipe, cluster)
-    job = submitit.local.local.LocalJob(folder=folder / "submitit", job_id=job_id, tasks=[0, 1])
+    job, folder = submit(recipe, cluster)
     assert job.results() == [str(folder)] * 2, job.stderr()
     assert (folder / "weights" / "best.safetensors").is_file()
 
