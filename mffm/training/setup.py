@@ -180,7 +180,9 @@ class Trainee(nn.Module):
         """Return this microbatch's share of the global loss and its parts per (property, fidelity)."""
         prediction = self.potential(batch, forces=self.loss.needs_forces, stress=self.loss.needs_stress)
         reference = torch.nan_to_num(reference_energy(batch, self.reference_table))
-        return self.loss(prediction, batch, reference, divisors)
+        loss, parts = self.loss(prediction, batch, reference, divisors)
+        # 0 × energy: a loss of forces alone must reach the heads' last biases too, the same parameters on every rank.
+        return loss + 0.0 * prediction.energy.sum(), parts
 
 
 def deepspeed_config(recipe: Recipe, ranks: Ranks, n_microbatches: int) -> dict[str, Any]:
