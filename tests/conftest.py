@@ -100,7 +100,7 @@ def tiny_recipe(store: Path, run: Path) -> dict[str, Any]:
         },
         "train": {"steps": 6, "validate_every": 3, "save_every": 3, "log_every": 1, "threads": 1},
         "optim": {"warmup_steps": 2},
-        "log": {"wandb": "off"},
+        "log": {"wandb": "disabled"},
     }
 
 

@@ -41,7 +41,7 @@ def make_pool(n_atoms: np.ndarray, n_edges: np.ndarray, name: str = "all") -> Po
 
 
 def synthetic(n: int) -> tuple[np.ndarray, np.ndarray]:
-    """Sizes like MPtrj's: 31 atoms and 62 edges per atom on average, lognormal (notes/performance.md 2.2)."""
+    """Sizes like MPtrj's: 31 atoms and 62 edges per atom on average, lognormal."""
     rng = np.random.default_rng(0)
     n_atoms = np.clip(rng.lognormal(np.log(31.2) - 0.8**2 / 2, 0.8, n), 1, 444).astype(np.int32)
     return n_atoms, (n_atoms * np.clip(rng.normal(62, 15, n), 12, 120)).astype(np.int32)

@@ -27,7 +27,7 @@ RUNS = FOLDER / "runs"
 HIGH, LOW = "pbe", "gfn2"
 ARMS = {
     "multi_fidelity": "multi-fidelity",
-    "hf_only": "100 PBE labels alone",
+    "hf_only": "50 PBE labels alone",
     "low_fidelity": "GFN2 alone, references refitted",
     "fine_tune": "pretrain on GFN2, fine-tune on PBE",
 }
@@ -151,7 +151,7 @@ def main() -> None:
         rows = {arm: [json.loads(s) for s in (RUNS / arm / "metrics.jsonl").read_text().splitlines()] for arm in ARMS}
         curves[f"{HIGH} {prop} MAE, validation, {unit}"] = {
             ARMS[arm]: (
-                [r["step"] + (600 if arm == "fine_tune" else 0) for r in found if key in r],
+                [r["step"] + (500 if arm == "fine_tune" else 0) for r in found if key in r],
                 [r[key] for r in found if key in r],
             )
             for arm, found in rows.items()

@@ -140,7 +140,7 @@ class DeepSpeedSection(Schema):
 class LogSection(Schema):
     """Where metrics go besides metrics.jsonl."""
 
-    wandb: Literal["auto", "online", "offline", "off"] = Field(
+    wandb: Literal["auto", "online", "offline", "disabled"] = Field(
         "auto", description="auto: online with a login, else offline"
     )
     project: str = "mffm"

@@ -39,7 +39,9 @@ def finish(staging: Staging, config: DataConfig, fidelities: FidelityTable) -> N
     """Write what remains of a store whose sources were all read; the manifest, which makes it a store, comes last."""
     state = staging.state
     folder = staging.folder
-    if staging.n_flushed() < state["n_rows"]:
+    while (
+        staging.n_flushed() < state["n_rows"]
+    ):  # several where the run was stopped between the last commit and its shards
         staging.flush_shard()
     layers = []
     for k, source in enumerate(config.sources):

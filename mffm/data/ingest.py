@@ -4,15 +4,10 @@ import hashlib
 import json
 import os
 import re
-import sys
 import time
-from collections import deque
-from collections.abc import Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from glob import glob
 from itertools import islice
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,6 +26,7 @@ from mffm.data.readers.convert import RejectedFrame, Wanted
 from mffm.data.report import IngestReport, count_reason, finish_report, saved_report
 from mffm.data.staging import Item, Staging, open_or_explain
 from mffm.data.store import NO_CHARGE, Store
+from mffm.data.workers import Meter, Workers
 from mffm.errors import InputError, known
 from mffm.fidelity import Fidelity, FidelityTable
 
@@ -226,6 +222,7 @@ def _ingest(config: DataConfig, base: Path, folder: Path, progress: bool) -> Ing
             )
         count_missing(existing, config)
         return saved_report(existing)
+    _refuse_foreign_files(folder)
     layers = [list(fidelities_of(config, k)) for k in range(len(config.sources))]
     with open_or_explain(folder, config.shard_frames, layers, _new_state(config, config_hash)) as staging:
         if staging.state["config_hash"] != config_hash:
@@ -245,6 +242,16 @@ def _ingest(config: DataConfig, base: Path, folder: Path, progress: bool) -> Ing
         report = finish_report(result, config, staging.state, rejected, time.monotonic() - started)
     staging.remove_working_files()
     return report
+
+
+def _refuse_foreign_files(folder: Path) -> None:
+    """A new store gets a folder of its own: what cannot be finished is removed from it again."""
+    if (folder / "staging.lmdb").is_file() or not folder.is_dir():
+        return
+    for path in folder.iterdir():
+        begun = path.is_dir() and path.name in ("geometry", "staging") and not any(path.iterdir())
+        if path.name != "ingest.lock" and not begun:
+            raise InputError(f"{folder}: is not empty ({path.name}) and holds no store; name a new or an empty folder")
 
 
 def count_missing(store: Store, config: DataConfig) -> None:
@@ -302,7 +309,7 @@ def _read_sources(
     splitter = Splitter(config.splits, state["split_names"])
     meter = Meter(sum(w.path.stat().st_size for w in work), progress)
     since_commit = 0
-    with run_chunks(config.workers) as run, meter:
+    with Workers(config.workers, process) as run, meter:
         for k in range(state["file"], len(work)):
             if k > state["file"]:
                 _end_source(state, config, work, k)
@@ -428,74 +435,12 @@ def _reject(staging: Staging, rejected: RejectedFrame, config: DataConfig) -> No
     staging.reject(rejected)
 
 
-class run_chunks:
-    """Runs ``process`` over chunks, in order: in this process, or in ``workers`` others with a bounded number under
-    way.
-    """
-
-    def __init__(self, workers: int):
-        self.workers = workers
-        self._executor: ProcessPoolExecutor | None = None
-
-    def __enter__(self) -> Any:
-        if self.workers > 1:
-            # spawn: a forked child would inherit the open LMDB file, and threads of a caller that uses torch.
-            self._executor = ProcessPoolExecutor(self.workers, mp_context=get_context("spawn"))
-        return self._run
-
-    def __exit__(self, *exception: object) -> None:
-        if self._executor is not None:
-            self._executor.shutdown(wait=True, cancel_futures=True)
-
-    def _run(self, chunks: Iterator[Chunk], settings: Settings) -> Iterator[tuple[Chunk, Any]]:
-        if self._executor is None:
-            for chunk in chunks:
-                yield chunk._replace(payload=None), process(chunk, settings)
-            return
-        pending: deque[tuple[Chunk, Future[Any]]] = deque()
-        for chunk in chunks:
-            pending.append((chunk._replace(payload=None), self._executor.submit(process, chunk, settings)))
-            if len(pending) > 3 * self.workers:
-                done, future = pending.popleft()
-                yield done, future.result()
-        for done, future in pending:
-            yield done, future.result()
-
-
-class Meter:
-    """A progress bar by bytes of the sources; plain lines where the output is not a terminal."""
-
-    def __init__(self, total: int, show: bool):
-        self.total = max(total, 1)
-        self.show = show
-        self._bar: Any = None
-        self._next_line = time.monotonic() + 10
-
-    def __enter__(self) -> "Meter":
-        if self.show:
-            from rich.console import Console
-            from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
-            console = Console(stderr=True)
-            if console.is_terminal:
-                columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:.0f} %"))
-                self._bar = Progress(*columns, TimeRemainingColumn(), console=console)
-                self._task = self._bar.add_task("ingest", total=self.total)
-                self._bar.start()
-        return self
-
-    def update(self, done: int, state: dict[str, Any]) -> None:
-        text = f"{state['n_rows']} frames, {state['n_rejected']} rejected"
-        if self._bar is not None:
-            self._bar.update(self._task, completed=done, description=text)
-        elif self.show and time.monotonic() > self._next_line:
-            print(f"ingest: {100 * done // self.total} % of the sources, {text}", file=sys.stderr, flush=True)
-            self._next_line = time.monotonic() + 10
-
-    def __exit__(self, *exception: object) -> None:
-        if self._bar is not None:
-            self._bar.stop()
-
-
 def fidelity_table(config: DataConfig) -> FidelityTable:
     return FidelityTable(Fidelity(name, **spec.model_dump()) for name, spec in config.fidelities.items())
+
+
+def add_labels(store_path: str | Path, config: DataConfig, base: Path, layer_name: str) -> dict[str, int]:
+    """Append the labels of one source to a store as a new layer; see ``mffm.data.layers.add_labels``."""
+    from mffm.data import layers
+
+    return layers.add_labels(store_path, config, base, layer_name)

@@ -13,12 +13,13 @@ from mffm.data import records
 from mffm.data.checks import conflict
 from mffm.data.finish import close_layer, save_columns, write_label_shards
 from mffm.data.identity import lookup_keys, same_geometry
-from mffm.data.ingest import Meter, Settings, Work, fidelities_of, fidelity_table, run_chunks, source_files
+from mffm.data.ingest import Settings, Work, fidelities_of, fidelity_table, process, source_files
 from mffm.data.readers import READERS, reader_name, wanted
 from mffm.data.readers.convert import RejectedFrame
 from mffm.data.records import row_key
 from mffm.data.staging import MAP_BYTES, Item, digest16
 from mffm.data.store import NO_CHARGE, Store, combined_fingerprint
+from mffm.data.workers import Meter, Workers
 from mffm.errors import InputError, known
 from mffm.fidelity import FidelityTable
 
@@ -165,7 +166,7 @@ class _Matcher:
                 work = Work(0, path, reader_name(path, self.source.reader))
                 want = wanted(self.source)
                 settings = Settings(work.reader, want, tuple(self.fidelities), self.config.min_distance)
-                with run_chunks(self.config.workers) as run:
+                with Workers(self.config.workers, process) as run:
                     for chunk, (items, _) in run(READERS[work.reader].chunks(path, want, 0, 0), settings):
                         for item in items:
                             reason = self._take(item, numbers)

@@ -164,8 +164,9 @@ def disk_error(error: BaseException, path: Path) -> InputError | None:
     """Return the user's error where ``error`` means that nothing more can be written, else None."""
     full = isinstance(error, lmdb.MapFullError | lmdb.DiskError)
     code = error.errno if isinstance(error, OSError) else None
-    if isinstance(error, lmdb.Error) and any(t in str(error) for t in ("No space left", "File too large", "quota")):
-        full = True
+    # LMDB reports a write that was cut short, which is how a disk gets full, as an input/output error.
+    signs = ("No space left", "File too large", "quota", "Input/output error")
+    full = full or (isinstance(error, lmdb.Error) and any(sign in str(error) for sign in signs))
     if full or code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return InputError(
             f"{path}: no space left to write ({error}); what was written before stays intact: "

@@ -75,7 +75,7 @@ class RunLog:
 
     def _start_wandb(self, run: Path, config: LogSection, name: str, resolved: Mapping[str, Any]) -> None:
         mode = config.wandb if config.wandb != "auto" else wandb_mode()
-        if mode == "off":
+        if mode == "disabled":
             return
         import wandb
 

@@ -110,7 +110,7 @@ def _run(recipe: Recipe, run: Path, resume: bool) -> Outcome:
             started = time.perf_counter()
             plan, batches, cursor = next(loader)
             lr = learning_rate(state.step, recipe.train.steps, recipe.optim)
-            loss, parts = train_step(engine, setup, plan, batches, ranks, lr, device)
+            loss, parts, norm = train_step(engine, setup, plan, batches, ranks, lr, device)
             if distributed.any_rank(not math.isfinite(loss), device):
                 raise _quarantined(run, setup, plan, state.step, ranks)
             ema.update(module.named_parameters())
@@ -125,7 +125,7 @@ def _run(recipe: Recipe, run: Path, resume: bool) -> Outcome:
                     state.step,
                     distributed.sum_over_ranks(parts),
                     lr,
-                    engine,
+                    norm,
                     time.perf_counter() - started,
                 )
             if state.step % recipe.train.validate_every == 0 or last:
@@ -150,8 +150,11 @@ def _run(recipe: Recipe, run: Path, resume: bool) -> Outcome:
 
 def train_step(
     engine: Any, setup: Setup, plan: StepPlan, batches: list, ranks: distributed.Ranks, lr: float, device: torch.device
-) -> tuple[float, torch.Tensor]:
-    """Do one optimiser update; return this rank's share of the loss and its parts per (property, fidelity).
+) -> tuple[float, torch.Tensor, float]:
+    """Do one optimiser update.
+
+    Returns:
+        this rank's share of the loss; its parts [n_properties, n_fidelities]; the gradient's norm before clipping.
 
     DeepSpeed averages gradients over ranks and divides by the accumulation steps, so it is handed world size ×
     microbatches × the local sum ÷ the global count.
@@ -160,17 +163,19 @@ def train_step(
     for group in engine.optimizer.param_groups:
         group["lr"] = lr
     divisors = setup.loss.divisors(plan.counts, setup.plan.expected_counts).to(device)
-    total, parts = (
-        0.0,
-        torch.zeros(len(setup.loss.properties), len(setup.fidelities), dtype=torch.float64, device=device),
-    )
+    total, norm = 0.0, 0.0
+    parts = torch.zeros_like(divisors)
     for batch in batches:
         loss, part = engine(batch.to(device, non_blocking=True), divisors)
         engine.backward(loss * (ranks.world_size * len(batches)))
+        if engine.zero_optimization_stage() == 0 and engine.is_gradient_accumulation_boundary():
+            gradients = [p.grad for p in setup.potential.parameters() if p.grad is not None]
+            norm = float(torch.nn.utils.get_total_norm(gradients, foreach=True))
         engine.step()
         total += float(loss.detach())
         parts += part
-    return total, parts
+    # DeepSpeed keeps the norm of its own optimisers only
+    return total, parts, norm if engine.zero_optimization_stage() == 0 else float(engine.get_global_grad_norm() or 0.0)
 
 
 def _engine(trainee: Trainee, recipe: Recipe, ds_config: dict[str, Any]) -> Any:
@@ -234,9 +239,9 @@ def _keep_best(
 
 
 def _log_step(
-    log: RunLog, setup: Setup, plan: StepPlan, step: int, parts: torch.Tensor, lr: float, engine: Any, seconds: float
+    log: RunLog, setup: Setup, plan: StepPlan, step: int, parts: torch.Tensor, lr: float, norm: float, seconds: float
 ) -> None:
-    values = {"train/loss": float(parts.sum()), "lr": lr, "grad_norm": float(engine.get_global_grad_norm() or 0.0)}
+    values = {"train/loss": float(parts.sum()), "lr": lr, "grad_norm": norm}
     for p, prop in enumerate(setup.loss.properties):
         for f, name in enumerate(setup.fidelities.names):
             if (f, prop) in setup.used:

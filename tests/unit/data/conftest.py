@@ -91,7 +91,7 @@ def write_frames(tmp_path: Path) -> Callable[[str, Iterable[dict[str, Any]]], Pa
 
 @pytest.fixture
 def data_config(tmp_path: Path) -> Callable[..., DataConfig]:
-    """Return a function that makes a data YAML of one source; keywords override it, ``source_*`` those of the source."""
+    """Return a function that makes a data YAML of one source; keywords override it, ``source_*`` the source."""
 
     def make(path: str | list[str] = "data.extxyz", **changes: Any) -> DataConfig:
         source = {

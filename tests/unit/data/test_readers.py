@@ -92,7 +92,7 @@ def test_units(prop, unit, expected):
     ("prop", "unit"), [("energy", "Ha"), ("forces", "eV"), ("stress", "eV"), ("forces", "eV/inch")]
 )
 def test_unknown_unit_lists_the_known(prop, unit):
-    with pytest.raises(InputError, match="known units|energy of"):
+    with pytest.raises(InputError, match=r"known units|energy of"):
         factor(prop, LabelSpec(key="k", unit=unit))
 
 
@@ -150,7 +150,8 @@ def test_aselmdb(tmp_path):
 
 def test_comment_line():
     info = parse_comment(
-        'Lattice="1 0 0" a=1 b="two words" c=\'x y\' d={1 2} e="_JSON [2, 3]" f=[[1, 2], [3, 4]] flag g="q \\"r\\"" h=T k=a,b'
+        'Lattice="1 0 0" a=1 b="two words" c=\'x y\' d={1 2} e="_JSON [2, 3]" f=[[1, 2], [3, 4]] flag '
+        'g="q \\"r\\"" h=T k=a,b'
     )
     assert info["b"] == "two words"
     assert info["c"] == "x y"
