@@ -53,10 +53,18 @@ def parity(path: Path, panels: Sequence[tuple[str, str, np.ndarray, np.ndarray]]
 
 
 def learning_curves(axes: Any, curves: Mapping[str, tuple[Sequence[float], Sequence[float]]], ylabel: str) -> None:
-    """Draw error against step, one line a run, on a logarithmic axis."""
+    """Draw error against step, one line a run, on a logarithmic axis; a single value is a dashed level."""
+    from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
+
     for (name, (steps, values)), color in zip(curves.items(), COLORS, strict=False):
-        axes.plot(steps, values, label=name, color=color, linewidth=1.4)
+        if len(values) == 1:
+            axes.axhline(values[0], label=name, color=color, linewidth=1.2, linestyle="--")
+        else:
+            axes.plot(steps, values, label=name, color=color, linewidth=1.4)
     axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5, 7)))
+    axes.yaxis.set_major_formatter(ScalarFormatter())
+    axes.yaxis.set_minor_formatter(NullFormatter())
     axes.set_xlabel("step")
     axes.set_ylabel(ylabel)
 

@@ -31,7 +31,13 @@ ARMS = {
     "low_fidelity": "GFN2 alone, references refitted",
     "fine_tune": "pretrain on GFN2, fine-tune on PBE",
 }
-console = Console()
+SPLITS = {
+    "test": "other frames of the training molecules",
+    "ood": "8 molecules that no training set holds at any level",
+}
+PROPERTIES = {"energy": "meV/atom", "forces": "meV/Å"}
+PRETRAINED = {"fine_tune": 500}  # steps before the first of its own
+console = Console(width=120)
 
 
 def command(*arguments: str) -> list[str]:
@@ -39,7 +45,7 @@ def command(*arguments: str) -> list[str]:
 
 
 def run(*arguments: str) -> None:
-    console.print(f"$ mffm {' '.join(arguments)}", style="bold", highlight=False)
+    console.print(f"$ mffm {' '.join(arguments)}", style="bold")
     subprocess.run(command(*arguments), check=True)
 
 
@@ -57,7 +63,7 @@ def train() -> None:
         job("fine_tune", "configs/quickstart_fine_tune.yaml", ("pretrain",)),
     ]
     for each in jobs:
-        console.print(f"$ mffm {' '.join(each.command[3:])}", style="bold", highlight=False)
+        console.print(f"$ mffm {' '.join(each.command[3:])}", style="bold")
     shown: dict[str, float] = {"at": 0.0}
 
     def report(states: Mapping[str, State]) -> None:
@@ -71,7 +77,7 @@ def train() -> None:
                 steps = [s for s in (RUNS / f"{name}.log").read_text().splitlines() if s.startswith("step ")]
                 last = " " + steps[-1].split("  ")[0] if steps else " starting"
             lines.append(f"{name} {state}{last}")
-        console.print("  " + "; ".join(lines), highlight=False)
+        console.print("  " + "; ".join(lines))
 
     states = LocalExecutor(workers=2).run(jobs, report)
     failed = [name for name, state in states.items() if state == "failed"]
@@ -113,6 +119,26 @@ def error(evaluation: parity.Evaluation, prop: str) -> float:
     return next(r["mae"] for r in evaluation.rows() if r["fidelity"] == HIGH and r["property"] == prop)
 
 
+def plot(results: Mapping[str, Mapping[str, parity.Evaluation]]) -> None:
+    """Draw learning curves on the validation frames above, parity of the multi-fidelity potential below."""
+    curves = {}
+    for prop, unit in PROPERTIES.items():
+        key = f"val/{HIGH}/{prop}_mae"
+        lines: dict[str, tuple[list[float], list[float]]] = {}
+        for arm, title in ARMS.items():
+            rows = [json.loads(s) for s in (RUNS / arm / "metrics.jsonl").read_text().splitlines()]
+            found = [(r["step"] + PRETRAINED.get(arm, 0), r[key]) for r in rows if key in r]
+            if found:
+                lines[title] = ([s for s, _ in found], [v for _, v in found])
+            else:  # a low fidelity does not measure itself on the high one
+                lines[title] = ([0], [error(results["val"][arm], prop)])
+        curves[f"{HIGH} {prop} MAE on validation frames, {unit}"] = lines
+    panels = [
+        (f"multi-fidelity, test, {t}", unit, x, y) for t, unit, x, y in results["test"]["multi_fidelity"].panels()
+    ]
+    plots.comparison(FOLDER / "quickstart.png", curves, panels)
+
+
 def main() -> None:
     started = time.monotonic()
     tune_allocator()
@@ -127,52 +153,24 @@ def main() -> None:
         run("evaluate", str(RUNS / "multi_fidelity"), "--split", split)
     run("release", str(RUNS / "multi_fidelity"), str(FOLDER / "release"))
 
-    splits = {"test": "molecules seen in training", "ood": "8 molecules never seen at PBE or GFN2"}
-    results = {split: judge(store, split) for split in splits}
-    table = Table(
-        "",
-        *(f"{s}: {p}, {u}" for s in splits for p, u in (("energy", "meV/atom"), ("forces", "meV/Å"))),
-        title=f"MAE on {HIGH} labels",
-    )
-    summary: dict[str, dict[str, float]] = {}
+    results = {split: judge(store, split) for split in ("val", *SPLITS)}
+    summary = {
+        arm: {f"{split}/{prop}": error(results[split][arm], prop) for split in SPLITS for prop in PROPERTIES}
+        for arm in ARMS
+    }
+    seconds = round(time.monotonic() - started)
+    write_json(FOLDER / "summary.json", {"high_fidelity": HIGH, "mae": summary, "seconds": seconds})
+    plot(results)
+    table = Table(f"MAE on {HIGH} labels", *(f"{s} {p}" for s in SPLITS for p in PROPERTIES))
     for arm, title in ARMS.items():
-        values = {
-            f"{split}/{prop}": error(results[split][arm], prop) for split in splits for prop in ("energy", "forces")
-        }
-        summary[arm] = values
-        table.add_row(title, *(f"{v:.1f}" for v in values.values()))
-    write_json(
-        FOLDER / "summary.json", {"high_fidelity": HIGH, "mae": summary, "seconds": round(time.monotonic() - started)}
-    )
-
-    curves = {}
-    for prop, unit in (("energy", "meV/atom"), ("forces", "meV/Å")):
-        key = f"val/{HIGH}/{prop}_mae"
-        rows = {arm: [json.loads(s) for s in (RUNS / arm / "metrics.jsonl").read_text().splitlines()] for arm in ARMS}
-        curves[f"{HIGH} {prop} MAE, validation, {unit}"] = {
-            ARMS[arm]: (
-                [r["step"] + (500 if arm == "fine_tune" else 0) for r in found if key in r],
-                [r[key] for r in found if key in r],
-            )
-            for arm, found in rows.items()
-            if any(key in r for r in found)
-        }
-    best = results["test"]["multi_fidelity"]
-    panels = [(f"multi-fidelity, {title}", unit, label, prediction) for title, unit, label, prediction in best.panels()]
-    figure = FOLDER / "quickstart.png"
-    plots.comparison(figure, curves, panels)
-
+        table.add_row(title, *(f"{v:.1f}" for v in summary[arm].values()))
     console.print(table)
-    console.print(
-        f"\nplot: {figure}\nrelease: {FOLDER / 'release'}   ({time.monotonic() - started:.0f} s in all)\n",
-        highlight=False,
-    )
-    console.print(
+    console.print("energy in meV/atom, forces in meV/Å; " + "; ".join(f"{s}: {t}" for s, t in SPLITS.items()))
+    console.print(f"\nplot: {FOLDER / 'quickstart.png'}\nrelease: {FOLDER / 'release'}   ({seconds} s in all)\n")
+    print(
         "from mffm.deploy.ase import Calculator; from ase.build import molecule\n"
         f'atoms = molecule("CH3CH2OH"); atoms.calc = Calculator("{FOLDER / "release"}", fidelity="{HIGH}")\n'
-        "print(atoms.get_potential_energy(), atoms.get_forces())",
-        highlight=False,
-        markup=False,
+        "print(atoms.get_potential_energy(), atoms.get_forces())"
     )
 
 

@@ -47,7 +47,12 @@ class DataSection(Schema):
     """Where the frames come from."""
 
     store: str = Field(min_length=1)
-    fingerprint: str | None = Field(None, description="the store's fingerprint; another one is an error")
+    layers: list[str] | None = Field(
+        None, description="label layers that the run sees; None: all that the store has when the run starts"
+    )
+    fingerprint: str | None = Field(
+        None, description="fingerprint of the store with these layers; another one is an error"
+    )
     plan: PlanConfig
     validation_split: str = "val"
     validation_max_frames: int | None = Field(None, ge=1)

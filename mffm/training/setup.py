@@ -40,7 +40,7 @@ class Setup:
 
 
 def prepare(recipe: Recipe, saved: PotentialSpec | None = None) -> Setup:
-    """Build a run from its recipe.
+    """Build a run from its recipe. The setup's recipe pins layers and fingerprint of the store, for a resume.
 
     Args:
         saved: of a run that is resumed; its element references and scales are kept, not fitted again.
@@ -48,13 +48,15 @@ def prepare(recipe: Recipe, saved: PotentialSpec | None = None) -> Setup:
     Raises:
         InputError: the store, the recipe and the base do not fit each other.
     """
-    store = Store(recipe.data.store)
+    store = Store(recipe.data.store, recipe.data.layers)
     if recipe.data.fingerprint not in (None, store.fingerprint):
         raise InputError(
             f"{store.path}: fingerprint {store.fingerprint}, but the recipe pins data.fingerprint "
             f"{recipe.data.fingerprint}; "
             "use the store that the recipe was written for, or change the pin"
         )
+    pins = {"layers": [layer.name for layer in store.layers], "fingerprint": store.fingerprint}
+    recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update=pins)})
     fidelities = FidelityTable(store.fidelities[name] for name in recipe.fidelities)
     base = load(recipe.start_from) if recipe.start_from and saved is None else None
     cutoff = recipe.model.backbone.cutoff

@@ -111,10 +111,10 @@ def test_fine_tune_starts_as_its_parent_with_refitted_references(
     base = yaml.safe_load(make_recipe("base").read_text())
     data = {**base["data"], "plan": {"pools": [{**HF, "max_frames": 30}], "edge_budget": 600}}
     model = {"conditioning": {"kind": "none"}, "heads": {"kind": "shared", "hidden": [8]}, "init_from": {"pbe": "gfn2"}}
+    bad = make_recipe("bad", data=data, model=model, start_from=str(runs["idle"]))
     refused = subprocess.run(
-        [sys.executable, "-m", "mffm", "train", str(make_recipe("bad", data=data, model=model, start_from=str(runs["idle"])))],
-        capture_output=True, text=True, timeout=200,
-    )  # fmt: skip
+        [sys.executable, "-m", "mffm", "train", str(bad)], capture_output=True, text=True, timeout=200
+    )
     assert refused.returncode == 2, refused.stderr
     assert "heads" in refused.stderr
 
