@@ -1,8 +1,10 @@
 """The command line. Heavy parts are imported by the command that needs them: ``mffm --help`` answers at once."""
 
+import json
 import sys
+from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -10,6 +12,9 @@ from rich.table import Table
 
 from mffm import __version__
 from mffm.errors import InputError
+
+if TYPE_CHECKING:
+    from mffm.config.base import Schema
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -228,6 +233,49 @@ def release(
     path = save(run, folder, weights)
     size = sum(p.stat().st_size for p in path.iterdir()) / 1e6
     console.print(f"{path}: {size:.1f} MB, {', '.join(sorted(p.name for p in path.iterdir()))}", highlight=False)
+
+
+config_app = typer.Typer(
+    no_args_is_help=True, help="Look at the configuration: every key, and every value of a recipe."
+)
+app.add_typer(config_app, name="config")
+
+
+class Kind(StrEnum):
+    """Kinds of YAML."""
+
+    recipe = "recipe"
+    data = "data"
+    cluster = "cluster"
+
+
+def _schema(kind: Kind) -> "type[Schema]":
+    from mffm.config.cluster import ClusterConfig
+    from mffm.config.data import DataConfig
+    from mffm.config.recipe import Recipe
+
+    schemas: dict[Kind, type[Schema]] = {Kind.recipe: Recipe, Kind.data: DataConfig, Kind.cluster: ClusterConfig}
+    return schemas[kind]
+
+
+@config_app.command("schema")
+def config_schema(kind: Annotated[Kind, typer.Argument(help="which YAML")] = Kind.recipe) -> None:
+    """Print the JSON schema of a YAML, for editors."""
+    typer.echo(json.dumps(_schema(kind).model_json_schema(), indent=2, ensure_ascii=False))
+
+
+@config_app.command("show")
+def config_show(
+    recipe: Annotated[Path, typer.Argument(help="YAML")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="key.key=value")] = None,
+    kind: Annotated[Kind, typer.Option(help="which YAML")] = Kind.recipe,
+) -> None:
+    """Print every value of a YAML and where it came from: the file, the command line or the default."""
+    from mffm.config.base import load, origins, read_yaml
+
+    loaded = load(_schema(kind), recipe, overrides or [])
+    for name, value, origin in origins(loaded, read_yaml(recipe), overrides or []):
+        typer.echo(f"{name} = {json.dumps(value, ensure_ascii=False)}  # {origin}")
 
 
 def main() -> None:

@@ -1,6 +1,6 @@
 """The base of every schema: strict pydantic models filled from YAML, with dotted overrides."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -124,6 +124,42 @@ def _inner_schema(annotation: Any) -> Any:
 def load(schema: type[S], path: Path | str, overrides: Sequence[str] = ()) -> S:
     """Return a YAML file, with overrides applied, as a ``schema``."""
     return validate(schema, apply_overrides(read_yaml(path), overrides), str(path))
+
+
+def origins(config: Schema, content: Mapping[str, Any], overrides: Sequence[str]) -> list[tuple[str, Any, str]]:
+    """Return every value of a configuration with its dotted name and where it came from.
+
+    Args:
+        content: what the YAML file gave.
+        overrides: as for ``apply_overrides``.
+
+    Returns:
+        (name, value, "command line", "file" or "default"), in the schema's order.
+    """
+    given = {name for name, _ in _leaves(content)}
+    overridden = [o.partition("=")[0].strip() for o in overrides]
+    rows = []
+    for name, value in _leaves(config.model_dump(mode="json")):
+        if any(name == o or name.startswith(o + ".") for o in overridden):
+            origin = "command line"
+        else:
+            origin = "file" if name in given else "default"
+        rows.append((name, value, origin))
+    return rows
+
+
+def _leaves(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    items: Iterable[tuple[str, Any]] = ()
+    if isinstance(node, Mapping):
+        items = ((str(k), v) for k, v in node.items())
+    elif isinstance(node, list) and any(isinstance(v, Mapping) for v in node):
+        items = ((str(k), v) for k, v in enumerate(node))
+    empty = True
+    for key, value in items:
+        empty = False
+        yield from _leaves(value, f"{prefix}.{key}" if prefix else key)
+    if empty and prefix:
+        yield prefix, node
 
 
 def dump(config: Schema) -> str:

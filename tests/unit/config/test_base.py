@@ -1,7 +1,8 @@
 import pytest
 import yaml
 
-from mffm.config.base import apply_overrides, dump, load, validate
+from mffm.config.base import apply_overrides, dump, load, origins, validate
+from mffm.config.cluster import ClusterConfig
 from mffm.config.data import DataConfig
 from mffm.config.recipe import Recipe
 from mffm.errors import InputError
@@ -95,3 +96,21 @@ def test_data_config_checks_fidelities_and_fractions():
     source["labels"] = {"pbe": {"energy": "e"}}
     with pytest.raises(InputError, match="sum to 1"):
         validate(DataConfig, {**base, "sources": [source], "splits": {"fractions": {"train": 0.5}}}, "x")
+
+
+def test_every_value_says_where_it_came_from():
+    overrides = ["optim.lr=0.5"]
+    loaded = validate(Recipe, apply_overrides(MINIMAL, overrides), "x")
+    rows = {name: (value, origin) for name, value, origin in origins(loaded, MINIMAL, overrides)}
+    assert rows["optim.lr"] == (0.5, "command line")
+    assert rows["train.steps"] == (10, "file")
+    assert rows["data.plan.pools.0.fidelity"] == ("pbe", "file")
+    assert rows["data.plan.pools.0.split"] == ("train", "default")
+    assert rows["optim.betas"] == ([0.9, 0.999], "default")
+
+
+def test_schema_of_every_yaml_is_json_schema():
+    for schema in (Recipe, DataConfig, ClusterConfig):
+        described = schema.model_json_schema()
+        assert described["additionalProperties"] is False
+        assert described["properties"]
