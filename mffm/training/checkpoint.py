@@ -116,42 +116,42 @@ def _point_latest(folder: Path, name: str) -> None:
     os.replace(aside, folder / "latest")
 
 
-def newest(folder: Path) -> Path | None:
-    """Return the checkpoint that ``latest`` names, None where there is none.
+def newest_whole(folder: Path) -> tuple[Path, TrainState, list[str]] | None:
+    """Return the newest checkpoint whose files are whole, its state, and a warning for each damaged one passed over.
+
+    Looked at in this order: the one that ``latest`` names, then the others from the newest on. None where there is none.
 
     Raises:
-        InputError: ``latest`` names a checkpoint that does not exist.
+        InputError: there are checkpoints, but each is damaged or of another format.
     """
     pointer = folder / "latest"
-    if not pointer.is_file():
-        return None
-    path = folder / pointer.read_text().strip()
-    if path.parent != folder or not (path / "state.json").is_file():
-        have = ", ".join(p.name for p in sorted(folder.glob("step-*[0-9]"))) or "none"
-        raise InputError(
-            f"{pointer}: names {path.name!r}, which is not a whole checkpoint; write one of these into it: {have}"
-        )
-    return path
+    names = [p.name for p in sorted(folder.glob("step-*[0-9]"), reverse=True)]
+    if pointer.is_file() and (first := pointer.read_text().strip()) in names:
+        names = [first, *(n for n in names if n < first)]
+    warnings: list[str] = []
+    for name in names:
+        try:
+            return folder / name, read_state(folder / name), warnings
+        except InputError as error:
+            warnings.append(str(error))
+    if names:
+        raise InputError(f"{folder}: no whole checkpoint\n" + "\n".join(f"  {w}" for w in warnings))
+    return None
 
 
 def read_state(path: Path) -> TrainState:
     """Return the state of a checkpoint after its files were verified.
 
     Raises:
-        InputError: another format version, or a file whose SHA-256 differs.
+        InputError: another format version, a missing file, or one whose SHA-256 differs.
     """
     content = read_json(path / "state.json")
     if content.get("format_version") != FORMAT_VERSION:
-        raise InputError(
-            f"{path}: checkpoint format {content.get('format_version')!r}, this version reads {FORMAT_VERSION}"
-        )
+        found = content.get("format_version")
+        raise InputError(f"{path}: checkpoint format {found!r}, this version reads {FORMAT_VERSION}")
     for name, digest in content["sha256"].items():
         if sha256(path / name) != digest:
-            others = ", ".join(p.name for p in sorted(path.parent.glob("step-*[0-9]")) if p != path) or "none"
-            raise InputError(
-                f"{path / name}: damaged (SHA-256 differs); write the name of an earlier checkpoint into "
-                f"{path.parent / 'latest'}: {others}"
-            )
+            raise InputError(f"{path / name}: damaged, its SHA-256 differs from the one written with it")
     return TrainState.from_dict(content["state"], str(path / "state.json"))
 
 

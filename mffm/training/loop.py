@@ -8,7 +8,7 @@ import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -69,8 +69,9 @@ def _run(recipe: Recipe, run: Path, resume: bool) -> Outcome:
         torch.set_num_threads(recipe.train.threads)
     ranks = distributed.ranks_from_environment()
     device = distributed.start(ranks)
-    latest = checkpoint.newest(run / "checkpoints") if resume else None
-    setup = prepare(recipe, PotentialSpec.read(run / "potential")[0] if latest else None)
+    saved = checkpoint.newest_whole(run / "checkpoints") if resume else None
+    setup = prepare(recipe, PotentialSpec.read(run / "potential")[0] if saved else None)
+    recipe = setup.recipe
     n_microbatches = setup.plan.n_microbatches(ranks.world_size)
     ds_config = deepspeed_config(recipe, ranks, n_microbatches)
     if ranks.is_main:
@@ -82,12 +83,14 @@ def _run(recipe: Recipe, run: Path, resume: bool) -> Outcome:
     evaluated = setup.spec.build().to(device).requires_grad_(False)
     ema = MovingAverage(module.named_parameters(), recipe.optim.ema_decay)
     state = TrainState(0, setup.plan.start().to_dict(), setup.plan.fingerprint, ranks.world_size)
-    if latest is not None:
-        state = _restore(latest, setup, engine, ema, ranks.world_size)
+    if saved is not None:
+        state = _restore(saved[0], saved[1], setup, engine, ema, ranks.world_size)
     validator = Validator(
         setup.store, setup.fidelities, recipe.data.validation_split, recipe.data.validation_max_frames,
         recipe.model.backbone.cutoff, recipe.data.plan.edge_budget, setup.loss, set(setup.used), table, ranks,
     )  # fmt: skip
+    if recipe.train.best not in validator.names:
+        raise InputError(f"train.best: no metric {recipe.train.best!r}; this run measures: {known(validator.names)}")
     loader = Loader(
         setup.store, setup.plan, setup.fidelities, recipe.model.backbone.cutoff, Cursor.from_dict(state.cursor),
         rank=ranks.rank, world_size=ranks.world_size, last_step=recipe.train.steps,
@@ -104,9 +107,11 @@ def _run(recipe: Recipe, run: Path, resume: bool) -> Outcome:
     )
     with log, loader, _interrupt_flag() as interrupted:
         state.wandb_id = log.wandb_id
-        _say_start(log, setup, ranks, n_microbatches, latest)
-        ended = "finished"
-        while state.step < recipe.train.steps:
+        _say_start(log, setup, ranks, n_microbatches)
+        if saved is not None:
+            _say_resumed(log, *saved, ranks)
+        ended = "stopped_early" if _out_of_patience(state, recipe) else "finished"
+        while state.step < recipe.train.steps and ended == "finished":
             started = time.perf_counter()
             plan, batches, cursor = next(loader)
             lr = learning_rate(state.step, recipe.train.steps, recipe.optim)
@@ -131,15 +136,12 @@ def _run(recipe: Recipe, run: Path, resume: bool) -> Outcome:
             if state.step % recipe.train.validate_every == 0 or last:
                 evaluated.load_state_dict(ema.weights)
                 _keep_best(run, validator(evaluated), state, evaluated, recipe, log, ranks)
-                if recipe.train.patience and state.validations_since_best >= recipe.train.patience:
+                if _out_of_patience(state, recipe):
                     ended = "stopped_early"
             if state.step % recipe.train.save_every == 0 or last or stop or ended != "finished":
                 checkpoint.save(run / "checkpoints", engine, module, ema, state, recipe.train.keep)
-            if ended != "finished":
-                break
-            if stop and not last:
+            if stop and not last and ended == "finished":
                 ended = "interrupted"
-                break
         if ranks.is_main:
             write_weights(run / "weights" / "last.safetensors", ema.weights)
             write_weights(run / "weights" / "raw.safetensors", dict(module.named_parameters()))
@@ -190,8 +192,13 @@ def _engine(trainee: Trainee, recipe: Recipe, ds_config: dict[str, Any]) -> Any:
     return deepspeed.initialize(model=trainee, optimizer=adamw(trainee.potential, recipe.optim), config=ds_config)[0]
 
 
-def _restore(path: Path, setup: Setup, engine: Any, ema: MovingAverage, world_size: int) -> TrainState:
-    state = checkpoint.read_state(path)
+def _out_of_patience(state: TrainState, recipe: Recipe) -> bool:
+    return recipe.train.patience is not None and state.validations_since_best >= recipe.train.patience
+
+
+def _restore(
+    path: Path, state: TrainState, setup: Setup, engine: Any, ema: MovingAverage, world_size: int
+) -> TrainState:
     if state.plan_fingerprint != setup.plan.fingerprint:
         raise InputError(
             f"{path}: was written on other data or another plan (fingerprint {state.plan_fingerprint[:12]}, now "
@@ -199,8 +206,7 @@ def _restore(path: Path, setup: Setup, engine: Any, ema: MovingAverage, world_si
             f"a resume needs the same; start a new run from these weights with start_from"
         )
     checkpoint.restore(path, engine, setup.potential, ema, state)
-    state.world_size = world_size
-    return state
+    return replace(state, world_size=world_size)
 
 
 def _advance(state: TrainState, setup: Setup, plan: StepPlan, cursor: Cursor, ema: MovingAverage) -> None:
@@ -222,8 +228,6 @@ def _keep_best(
 ) -> None:
     """Log a validation; keep the weights that are best by the recipe's metric, and by each fidelity's loss."""
     metric = recipe.train.best
-    if metric not in metrics:
-        raise InputError(f"train.best: no metric {metric!r}; this run measures: {known(metrics)}")
     log.metrics(state.step, metrics)
     watched = {"best": metric} | {f"best-{n}": f"val/{n}/loss" for n in recipe.fidelities if f"val/{n}/loss" in metrics}
     state.validations_since_best += 1
@@ -262,7 +266,7 @@ def _write_run_folder(run: Path, setup: Setup, ds_config: dict[str, Any]) -> Non
     (run / "references.md").write_text(setup.spec.references.report_markdown())
 
 
-def _say_start(log: RunLog, setup: Setup, ranks: distributed.Ranks, n_microbatches: int, latest: Path | None) -> None:
+def _say_start(log: RunLog, setup: Setup, ranks: distributed.Ranks, n_microbatches: int) -> None:
     labels = "; ".join(
         f"{name}: " + ", ".join(f"{n:,} {p}" for p, n in counts.items())
         for name, counts in setup.spec.label_counts.items()
@@ -277,8 +281,16 @@ def _say_start(log: RunLog, setup: Setup, ranks: distributed.Ranks, n_microbatch
             log.say(
                 f"pool {name}: {n} frames are over the budget (data.plan.oversize: {setup.recipe.data.plan.oversize})"
             )
-    if latest is not None:
-        log.say(f"resumed from {latest.name}")
+
+
+def _say_resumed(log: RunLog, path: Path, state: TrainState, warnings: list[str], ranks: distributed.Ranks) -> None:
+    for warning in warnings:
+        log.say(f"warning: passed over a damaged checkpoint: {warning}")
+    log.say(f"resumed from {path.name}")
+    if state.world_size != ranks.world_size:
+        log.say(
+            f"written by {state.world_size} rank(s), now {ranks.world_size}: the same global batches, not bit-identical"
+        )
 
 
 def _quarantined(run: Path, setup: Setup, plan: StepPlan, step: int, ranks: distributed.Ranks) -> InputError:

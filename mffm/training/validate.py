@@ -33,6 +33,7 @@ class Validator:
         self.counts: dict[tuple[int, Property], float] = {}
         self.batches: list[Batch] = []
         self.has_stress = False
+        self.names: set[str] = set()  # of the metrics that a validation gives
         index = 0
         for f, name in enumerate(fidelities.names):
             rows = store.rows(split=split, fidelity=name)[:max_frames]
@@ -43,12 +44,15 @@ class Validator:
                 self.has_stress |= prop == STRESS and n > 0
                 if n and (f, prop) in used:
                     self.counts[f, prop] = float(n)
+                if n and not (prop == ENERGY and bool(table[f].isnan().all())):
+                    self.names |= {f"val/{name}/{prop}_mae", f"val/{name}/{prop}_rmse"}
             for batch in evaluation_batches(store, rows, name, fidelities, cutoff, edge_budget):
                 if index % ranks.world_size == ranks.rank:
                     batch = batch.to(table.device)
                     self._mask_unreferenced(batch, store, trained=(f, ENERGY) in used)
                     self.batches.append(batch)
                 index += 1
+        self.names |= {"val/loss"} | {f"val/{fidelities.names[f]}/loss" for f, _ in self.counts}
         if not self.counts:
             raise InputError(
                 f"split {split!r} holds no label of {', '.join(fidelities.names)}; name another with "

@@ -90,18 +90,30 @@ def test_interrupt_saves_at_a_step_boundary_and_says_how_to_go_on(
     assert bytes_of(run) == bytes_of(uninterrupted)
 
 
-def test_damage_and_misuse_are_one_message(uninterrupted: Path, make_recipe: Callable[..., Path], tmp_path: Path):
+def test_damaged_checkpoint_is_passed_over_with_a_warning(uninterrupted: Path):
+    """The one before is taken, the warning names the damaged file, and the run ends as if nothing had happened."""
+    before = bytes_of(uninterrupted)
+    newest = uninterrupted / "checkpoints" / "step-00000020" / "ema.safetensors"
+    os.truncate(newest, newest.stat().st_size - 10)
+    resumed = mffm("resume", str(uninterrupted))
+    assert resumed.returncode == 0, resumed.stderr
+    assert "ema.safetensors: damaged" in resumed.stderr
+    assert "resumed from step-00000010" in resumed.stderr
+    assert bytes_of(uninterrupted) == before
+
+    for folder in (uninterrupted / "checkpoints").glob("step-*"):
+        (folder / "optimizer.safetensors").unlink()
+    hopeless = mffm("resume", str(uninterrupted))
+    assert hopeless.returncode == 2
+    assert "no whole checkpoint" in hopeless.stderr
+    assert "step-00000010" in hopeless.stderr
+
+
+def test_misuse_is_one_message(uninterrupted: Path, make_recipe: Callable[..., Path], tmp_path: Path):
     again = mffm("train", str(make_recipe("again", run=str(uninterrupted), train=TRAIN)))
     assert again.returncode == 2
     assert "holds a run already" in again.stderr
     assert "Traceback" not in again.stderr
-
-    newest = uninterrupted / "checkpoints" / "step-00000020" / "ema.safetensors"
-    os.truncate(newest, newest.stat().st_size - 10)
-    damaged = mffm("resume", str(uninterrupted))
-    assert damaged.returncode == 2
-    assert "ema.safetensors: damaged" in damaged.stderr
-    assert "step-00000010" in damaged.stderr
 
     nothing = mffm("resume", str(tmp_path / "no-run"))
     assert nothing.returncode == 2
