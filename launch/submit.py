@@ -1,14 +1,20 @@
 """Submit a recipe: ``python -m launch.submit RECIPE --cluster configs/clusters/local.yaml [key.key=value ...]``."""
 
-import os
 import subprocess
 import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mffm.config.base import dump, load
+from launch import records
+from launch.state import TERMINAL, UNKNOWN, slurm_state
+from launch.task import Training
+from mffm.config.base import Schema, dump, load
 from mffm.config.cluster import ClusterConfig
 from mffm.config.recipe import Recipe
 from mffm.errors import InputError
@@ -16,75 +22,262 @@ from mffm.errors import InputError
 if TYPE_CHECKING:
     import submitit
 
+ROOT = Path(__file__).parents[1]  # of the clone, where launch runs from one
 
-def train(recipe: str, threads: int) -> str:
-    """Run one rank of a training job inside a submitit task and return the run's folder.
+
+@dataclass(frozen=True)
+class Submitted:
+    """A job and the folder of its run."""
+
+    job: "submitit.Job[str]"
+    folder: Path
+
+
+def submit(
+    recipe: Recipe, cluster: ClusterConfig, seeds: Sequence[int] = (), after: str | None = None
+) -> list[Submitted]:
+    """Write the folders of the runs and submit them: one job, or an array with one task a seed.
+
+    Args:
+        seeds: one run each, in ``<run>/seed-<n>``, all in one group of the tracker.
+        after: job ids, joined by ``:``, that must be done before this one starts.
 
     Raises:
-        RuntimeError: the rank failed; its messages are in the task's log.
+        InputError: the folder holds another run, its run is under way, or the cluster cannot do what is asked.
+    """
+    if cluster.executor == "local" and (seeds or after):
+        raise InputError("executor local has no queue: --seeds and --after need executor: slurm")
+    base = Path(recipe.run_folder).resolve()
+    if seeds:
+        runs = [
+            recipe.model_copy(
+                update={
+                    "name": f"{recipe.name}-seed-{seed}",
+                    "seed": seed,
+                    "run": str(base / f"seed-{seed}"),
+                    "log": recipe.log.model_copy(update={"group": recipe.log.group or recipe.name}),
+                }
+            )
+            for seed in dict.fromkeys(seeds)
+        ]
+    else:
+        runs = [recipe.model_copy(update={"run": str(base)})]
+    for run in runs:
+        check_folder(run, after)
+    folders = [prepare_folder(run, cluster) for run in runs]
+    executor = make_executor(base / "submitit", recipe.name, cluster, after)
+    jobs: list[submitit.Job[str]] = []
+    bodies = [Training(str(folder), cluster.cpus_per_task, cluster.environment) for folder in folders]
+    try:
+        if len(bodies) == 1:
+            jobs.append(executor.submit(bodies[0]))
+        else:
+            with executor.batch():
+                jobs.extend(executor.submit(body) for body in bodies)
+    except Exception as error:
+        if type(error).__name__ == "FailedJobError":  # sbatch's own message
+            raise InputError(f"sbatch refused the job: {str(error).strip()}") from error
+        raise
+    for job, folder in zip(jobs, folders, strict=True):
+        records.write_json(
+            folder / "job.json",
+            {
+                "job_id": job.job_id,
+                "executor": cluster.executor,
+                "nodes": cluster.nodes,
+                "tasks_per_node": cluster.tasks_per_node,
+                "after": after,
+                "submitted": time.time(),
+                "submitted_at": records.now(),
+            },
+        )
+    return [Submitted(job, folder) for job, folder in zip(jobs, folders, strict=True)]
+
+
+def make_executor(folder: Path, name: str, cluster: ClusterConfig, after: str | None) -> "submitit.AutoExecutor":
+    """Return submitit's executor for a cluster.
+
+    Raises:
+        InputError: no SLURM here, or a parameter that submitit does not know.
     """
     import submitit
 
-    task = submitit.JobEnvironment()
-    environment = {
-        **os.environ,
-        "RANK": str(task.global_rank),
-        "WORLD_SIZE": str(task.num_tasks),
-        "LOCAL_RANK": str(task.local_rank),
-        "MASTER_ADDR": task.hostnames[0],
-        "MASTER_PORT": str(20000 + int("".join(filter(str.isdigit, task.job_id)) or 0) % 40000),
-        "OMP_NUM_THREADS": str(threads),
-    }
-    folder = Path(recipe).parent
-    resumed = (folder / "checkpoints" / "latest").exists()
-    arguments = ["resume", str(folder)] if resumed else ["train", recipe]
-    code = subprocess.run([sys.executable, "-m", "mffm", *arguments], env=environment).returncode
-    if code != 0:
-        raise RuntimeError(f"rank {task.global_rank} of {folder} ended with exit code {code}")
-    return str(folder)
-
-
-def submit(recipe: Recipe, cluster: ClusterConfig) -> "tuple[submitit.Job[str], Path]":
-    """Write the resolved recipe into the run's folder and submit it; return the job and the folder."""
-    import submitit
-
-    folder = Path(recipe.run_folder).resolve()
-    folder.mkdir(parents=True, exist_ok=True)
-    resolved = folder / "submitted.yaml"
-    store = str(Path(recipe.data.store).resolve())
-    content = recipe.model_copy(update={"run": str(folder), "data": recipe.data.model_copy(update={"store": store})})
-    resolved.write_text(dump(content))
-    executor = submitit.AutoExecutor(folder=folder / "submitit", cluster=cluster.executor)
-    parameters: dict[str, object] = {
-        "name": recipe.name,
+    parameters: dict[str, Any] = {
+        "name": name,
         "nodes": cluster.nodes,
         "tasks_per_node": cluster.tasks_per_node,
         "timeout_min": cluster.time_minutes,
     }
+    if cluster.gpus_per_node:
+        parameters["gpus_per_node"] = cluster.gpus_per_node
+    options: dict[str, Any] = {}
     if cluster.executor == "slurm":
-        parameters |= {
-            "gpus_per_node": cluster.gpus_per_node,
-            "cpus_per_task": cluster.cpus_per_task,
-            "slurm_setup": cluster.setup,
-        }
-        parameters |= {"slurm_srun_args": ["--kill-on-bad-exit=1"], **cluster.slurm}
-    executor.update_parameters(**parameters)
-    job = executor.submit(train, str(resolved), cluster.cpus_per_task)
-    return job, folder
+        options["slurm_max_num_timeout"] = cluster.max_timeouts
+        if cluster.python:
+            options["slurm_python"] = cluster.python
+        parameters |= slurm_parameters(cluster, after)
+    elif cluster.setup:
+        parameters["local_setup"] = cluster.setup
+    try:
+        executor = submitit.AutoExecutor(folder=folder, cluster=cluster.executor, **options)
+        executor.update_parameters(**parameters)
+    except (RuntimeError, NameError, AssertionError) as error:
+        raise InputError(f"cluster: {error}") from error
+    return executor
+
+
+def slurm_parameters(cluster: ClusterConfig, after: str | None) -> dict[str, Any]:
+    """Return submitit's parameters that only SLURM has; what the YAML gives under ``slurm`` wins."""
+    setup = list(cluster.setup)
+    if (ROOT / "pyproject.toml").is_file() and not cluster.python:  # a clone, not an installed package
+        setup.append(f"export PYTHONPATH='{ROOT}'${{PYTHONPATH:+:$PYTHONPATH}}")
+    given = dict(cluster.slurm)
+    # Since SLURM 22.05 srun does not take --cpus-per-task from sbatch.
+    srun = ["--kill-on-bad-exit=1", f"--cpus-per-task={cluster.cpus_per_task}", *given.pop("slurm_srun_args", [])]
+    # Without --requeue a cluster with JobRequeue=0 refuses to requeue.
+    extra = {"requeue": True, **given.pop("slurm_additional_parameters", {})}
+    parameters: dict[str, Any] = {
+        "cpus_per_task": cluster.cpus_per_task,
+        "slurm_signal_delay_s": cluster.warn_seconds,
+        "slurm_setup": setup,
+        "slurm_srun_args": srun,
+    }
+    if after:
+        parameters["slurm_dependency"] = f"afterok:{after}"
+        extra.setdefault("kill-on-invalid-dep", "yes")  # else a job waits for ever for one that failed
+    return {**parameters, "slurm_additional_parameters": extra, **given}
+
+
+def check_folder(recipe: Recipe, after: str | None = None) -> None:
+    """Refuse a folder whose run is another one, or is under way.
+
+    A resume takes the run's own recipe: a changed one would silently not be used.
+
+    Raises:
+        InputError: with the first differing key, or the job that is under way.
+    """
+    folder = Path(recipe.run_folder)
+    job = records.read_json(folder / "job.json")
+    job_id = str(job.get("job_id", ""))
+    if job.get("executor") == "slurm" and job_id not in (after or "").split(":"):
+        state = slurm_state(job_id)
+        if state not in TERMINAL and state != UNKNOWN:
+            raise InputError(f"{folder}: job {job_id} of this run is {state}; end it first: scancel {job_id}")
+    if job.get("executor") == "local" and records.is_alive(folder):
+        raise InputError(f"{folder}: a local job of this run is running: process {job_id}")
+    if not (folder / "checkpoints" / "latest").is_file():
+        return
+    have = _leaves(load(Recipe, folder / "recipe.yaml"))
+    for name, value in _leaves(recipe).items():
+        # None: chosen and pinned when the run started
+        if value is not None and name not in ("run", "data.store") and have.get(name) != value:
+            raise InputError(
+                f"{folder}: holds a run with {name}={have.get(name)!r}, not {value!r}. Give another folder with "
+                f"run=..., or go on with that run: python -m launch.submit {folder} --cluster ..."
+            )
+
+
+def _leaves(config: Schema) -> dict[str, Any]:
+    def walk(node: Any, prefix: str) -> dict[str, Any]:
+        if isinstance(node, dict) and node:
+            return {k: v for key, inner in node.items() for k, v in walk(inner, f"{prefix}{key}.").items()}
+        return {prefix[:-1]: node}
+
+    return walk(config.model_dump(mode="json"), "")
+
+
+def prepare_folder(recipe: Recipe, cluster: ClusterConfig) -> Path:
+    """Write the resolved recipe, the cluster's YAML and the version of the code into the run's folder."""
+    folder = Path(recipe.run_folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    store = str(Path(recipe.data.store).resolve())
+    update: dict[str, Any] = {"data": recipe.data.model_copy(update={"store": store})}
+    if recipe.start_from and Path(recipe.start_from).exists():
+        update["start_from"] = str(Path(recipe.start_from).resolve())
+    (folder / "submitted.yaml").write_text(dump(recipe.model_copy(update=update)))
+    (folder / "cluster.yaml").write_text(dump(cluster))
+    version, diff = code_version()
+    records.write_json(folder / "code.json", version)
+    (folder / "code.diff").unlink(missing_ok=True)
+    if diff:
+        (folder / "code.diff").write_text(diff)
+    return folder
+
+
+def code_version() -> tuple[dict[str, Any], str]:
+    """Return version, commit, dirty and Python for code.json, and the diff of tracked files against the commit."""
+    try:
+        version = metadata.version("mffm")
+    except metadata.PackageNotFoundError:
+        version = "not installed"
+    found: dict[str, Any] = {"version": version, "commit": None, "dirty": None}
+    diff = ""
+    if (ROOT / ".git").exists():
+        found["commit"] = _git("rev-parse", "HEAD").strip() or None
+        found["dirty"] = bool(_git("status", "--porcelain").strip())
+        diff = _git("diff", "HEAD") if found["dirty"] else ""
+    return {**found, "python": sys.version.split()[0], "argv": sys.argv, "written": records.now()}, diff
+
+
+def _git(*arguments: str) -> str:
+    try:
+        done = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, timeout=30)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout if done.returncode == 0 else ""
+
+
+def load_recipe(path: Path, overrides: Sequence[str]) -> Recipe:
+    """Return a recipe, or that of a run's folder, to go on with it."""
+    if not path.is_dir():
+        return load(Recipe, path, overrides)
+    if overrides:
+        raise InputError(f"{path}: a run goes on with its own recipe; overrides need a new run")
+    own = path / "recipe.yaml"
+    recipe = load(Recipe, own if own.is_file() else path / "submitted.yaml")
+    return recipe.model_copy(update={"run": str(path)})
+
+
+def load_cluster(path: Path, nodes: int | None, gpus_per_node: int | None, time_minutes: int | None) -> ClusterConfig:
+    """Return a cluster's YAML with the command line's changes; with GPUs there is one rank a GPU."""
+    overrides = []
+    if nodes is not None:
+        overrides.append(f"nodes={nodes}")
+    if gpus_per_node is not None:
+        overrides += [f"gpus_per_node={gpus_per_node}", f"tasks_per_node={max(1, gpus_per_node)}"]
+    if time_minutes is not None:
+        overrides.append(f"time_minutes={time_minutes}")
+    return load(ClusterConfig, path, overrides)
+
+
+def parse_seeds(text: str | None) -> list[int]:
+    """Return the seeds of ``0,1,2``."""
+    words = [word.strip() for word in (text or "").split(",") if word.strip()]
+    if not all(word.isdigit() for word in words):
+        raise InputError(f"--seeds {text}: expected whole numbers with commas, e.g. 0,1,2")
+    return [int(word) for word in words]
 
 
 def main(
-    recipe: Annotated[Path, typer.Argument(help="recipe YAML")],
+    recipe: Annotated[Path, typer.Argument(help="recipe YAML, or the folder of a run to go on with")],
     cluster: Annotated[Path, typer.Option(help="cluster YAML")],
     overrides: Annotated[list[str] | None, typer.Argument(help="key.key=value")] = None,
+    nodes: Annotated[int | None, typer.Option(help="instead of the cluster YAML's")] = None,
+    gpus_per_node: Annotated[int | None, typer.Option(help="instead of the YAML's; one rank a GPU")] = None,
+    time_minutes: Annotated[int | None, typer.Option("--time", help="time limit in minutes")] = None,
+    seeds: Annotated[str | None, typer.Option(help="array job, a run a seed, e.g. 0,1,2")] = None,
+    after: Annotated[str | None, typer.Option(help="start when this job (or 12:13) is done")] = None,
 ) -> None:
-    """Submit a training run through submitit."""
+    """Submit a training run through submitit; it goes on after preemption and time limits by itself."""
     try:
-        job, folder = submit(load(Recipe, recipe, overrides or []), load(ClusterConfig, cluster))
+        config = load_cluster(cluster, nodes, gpus_per_node, time_minutes)
+        submitted = submit(load_recipe(recipe, overrides or []), config, parse_seeds(seeds), after)
     except InputError as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(2) from error
-    typer.echo(f"job {job.job_id}: {folder}, logs in {folder / 'submitit'}")
+    for one in submitted:
+        typer.echo(f"job {one.job.job_id}: {one.folder}, output in {one.folder / 'logs'}")
+    typer.echo(f"how it stands: python -m launch.runs {Path(submitted[0].folder).parent}")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """The command line. Heavy parts are imported by the command that needs them: ``mffm --help`` answers at once."""
 
+import errno
 import json
 import sys
 from enum import StrEnum
@@ -25,6 +26,7 @@ app = typer.Typer(
 console = Console()
 
 EXIT_INPUT = 2
+EXIT_KEYBOARD = 130
 EXIT_INTERRUPTED = 75  # EX_TEMPFAIL: saved, to be resumed
 
 StoreArgument = Annotated[Path, typer.Argument(help="folder of a store")]
@@ -57,8 +59,14 @@ def ingest(
         numbers = layers.add_labels(store or Path(data.store), data, config.parent, add_labels, progress=True)
         shown = ", ".join(f"{n:,} {what}" for what, n in numbers.items())
         console.print(f"{store or data.store}: layer {add_labels}: {shown}", highlight=False)
+        for warning in layers.warnings(store or Path(data.store), data):
+            console.print(f"warning: {warning}", highlight=False, markup=False)
         return
-    report = ingest_module.ingest(data, config.parent, store)
+    try:
+        report = ingest_module.ingest(data, config.parent, store)
+    except KeyboardInterrupt:
+        print("interrupted; give the same command again to go on where it stopped", file=sys.stderr)
+        raise typer.Exit(EXIT_KEYBOARD) from None
     if report.already_complete:
         console.print(f"{report.store}: complete already, with the same data and configuration", highlight=False)
     splits = [*report.split_frames, "all"]
@@ -66,7 +74,8 @@ def ingest(
         "fidelity",
         "property",
         *splits,
-        title=f"{report.store}: {report.n_frames:,} frames, {report.n_rejected:,} rejected",
+        title=f"{report.store}: {report.n_frames:,} structures, {report.n_merged:,} frames merged into them, "
+        f"{report.n_rejected:,} rejected",
     )
     for fidelity, properties in report.label_counts["all"].items():
         for prop in properties:
@@ -153,6 +162,32 @@ def resume(run: Annotated[Path, typer.Argument(help="folder of the run")]) -> No
     from mffm.training import loop
 
     _finish(loop.resume(run))
+
+
+@app.command()
+def replay(
+    bundle: Annotated[Path, typer.Argument(help="RUN/quarantine/step-...")],
+    worst: Annotated[int, typer.Option(help="how many systems to show")] = 10,
+) -> None:
+    """Run the systems of a quarantined step one by one, on one process, and name the worst."""
+    from mffm.training.quarantine import replay as run_bundle
+
+    reason, systems = run_bundle(bundle)
+    console.print(f"{bundle}: {reason}; {len(systems)} systems, {sum(not s.is_finite for s in systems)} not finite")
+    table = Table(
+        "row",
+        "frame",
+        "fidelity",
+        "atoms",
+        "loss",
+        "energy error, meV/atom",
+        "force error, meV/Å",
+        "force label, meV/Å",
+    )
+    for s in systems[:worst]:
+        values = (s.loss, s.energy_error, s.force_error, s.force_label)
+        table.add_row(str(s.row), s.frame_id, s.fidelity, str(s.n_atoms), *(f"{v:.4g}" for v in values))
+    console.print(table)
 
 
 def _finish(outcome: "object") -> None:
@@ -284,10 +319,17 @@ def main() -> None:
         app()
     except InputError as error:
         _complain(str(error))
+    except UnicodeDecodeError as error:
+        place = next((f"{a}: " for a in sys.argv[1:] if Path(a).is_file()), "")
+        byte = f"byte 0x{error.object[error.start]:02x} at {error.start}"
+        _complain(f"{place}not UTF-8 text ({byte}); save the file as UTF-8")
     except OSError as error:
         if error.errno is None:
             raise
-        _complain(f"{error.filename or ''}: {error.strerror}")
+        place = f"{error.filename}: " if error.filename else ""
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        remedy = "; what was written before is intact: make room, then give the command again or resume" if full else ""
+        _complain(f"{place}{error.strerror}{remedy}")
 
 
 def _complain(message: str) -> None:

@@ -57,7 +57,10 @@ def start(ranks: Ranks) -> "torch.device":
         os.environ.setdefault("MASTER_PORT", str(_free_port()))
     for name in ("MASTER_ADDR", "MASTER_PORT"):
         if name not in os.environ:
-            raise InputError(f"{ranks.world_size} ranks but {name} is not set; start the job with torchrun or srun")
+            raise InputError(
+                f"{ranks.world_size} ranks but {name} is not set; torchrun and launch.submit set it, for srun export "
+                "MASTER_ADDR (the first node's name) and MASTER_PORT (any free port)"
+            )
     use_gpu = torch.cuda.is_available()
     if use_gpu:
         torch.cuda.set_device(ranks.local_rank)

@@ -55,12 +55,15 @@ class LocalExecutor:
                 for job in jobs:
                     if states[job.name] != "waiting":
                         continue
-                    if any(states[name] == "failed" for name in job.after):
+                    if any(states.get(name) == "failed" for name in job.after):
                         states[job.name] = "failed"
-                    elif len(running) < self.workers and all(states[name] == "done" for name in job.after):
+                    elif len(running) < self.workers and all(states.get(name) == "done" for name in job.after):
                         running[job.name] = _start(job)
                         states[job.name] = "running"
                 report(states)
+                assert running or "waiting" not in states.values(), (
+                    f"jobs that wait for each other, or for none: {states}"
+                )
                 if running:
                     time.sleep(self.poll_seconds)
         finally:

@@ -10,13 +10,23 @@ from mffm.config.recipe import OptimConfig
 
 
 def adamw(module: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
-    """Return AdamW over two groups: matrices decay, vectors and scalars (biases, norms, gains) do not."""
-    decaying = [p for p in module.parameters() if p.ndim >= 2]
-    others = [p for p in module.parameters() if p.ndim < 2]
+    """Return AdamW over two groups: matrices decay; biases, norm gains and what a fidelity adds to them do not.
+
+    Shapes do not tell: a bias with one row per fidelity is a matrix. Decaying it would pull each fidelity's offset to
+    zero in one kind of heads and not in another.
+    """
+    decaying = [p for name, p in module.named_parameters() if decays(name, p)]
+    others = [p for name, p in module.named_parameters() if not decays(name, p)]
     groups = [{"params": decaying, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
     return torch.optim.AdamW(
         [g for g in groups if g["params"]], lr=config.lr, betas=config.betas, eps=config.eps, foreach=True
     )
+
+
+def decays(name: str, parameter: Tensor) -> bool:
+    """Return whether a parameter of a potential gets weight decay."""
+    apart = ("bias", "norm.", "conditioning.table")
+    return parameter.ndim >= 2 and not any(part in name for part in apart)
 
 
 def learning_rate(step: int, total: int, config: OptimConfig) -> float:

@@ -3,7 +3,7 @@
     model.safetensors   weights
     config.json         format version, model configuration, normalisation constants, SHA-256 of the weights
     fidelities.json     levels of theory, element references with their report, label counts
-    provenance.json     data fingerprints, sources with licences, code version, recipe, step
+    provenance.json     data fingerprints, sources with licences, code version, recipe, base
     metrics.json        errors per split, fidelity and property
     README.md           the card, generated from the rest
 
@@ -124,6 +124,7 @@ class Loaded:
     potential: Potential
     path: Path
     weights: str
+    weights_sha256: str
 
     @property
     def fidelities(self) -> FidelityTable:
@@ -153,7 +154,8 @@ def load(
     else:
         raise InputError(f"{path}: neither a release (config.json) nor a run (potential/config.json)")
     spec, expected = PotentialSpec.read(folder)
-    if expected is not None and sha256(weights_file) != expected:
+    found = sha256(weights_file)
+    if expected is not None and found != expected:
         raise InputError(
             f"{weights_file}: its SHA-256 differs from the one in config.json; the release is damaged or was "
             "changed, get it again"
@@ -166,7 +168,7 @@ def load(
         raise InputError(f"{weights_file}: does not fit its config.json; first differing tensor: {differing[0]}")
     potential.load_state_dict(state)
     potential.to(device=device, dtype=dtype).eval().requires_grad_(False)
-    return Loaded(spec, potential, path, weights)
+    return Loaded(spec, potential, path, weights, found)
 
 
 def systems_at(loaded: Loaded, store: Store, rows: np.ndarray, fidelity: str, asked: str) -> Iterator[Batch]:
@@ -190,11 +192,13 @@ def refit_references(loaded: Loaded, store: Store, rows: np.ndarray, fidelity: s
     for batch in systems_at(loaded, store, rows, fidelity, asked):
         prediction = loaded.potential(batch, forces=False)
         energies.update(zip(batch.rows.tolist(), prediction.energy.tolist(), strict=True))
-    residual = store.energies(fidelity, rows) - np.array([energies[int(r)] for r in rows])
     composition = store.composition(rows)
     present = np.flatnonzero(composition.sum(0) > 0)
+    # From the asked fidelity's references on: what few labels leave undetermined stays as it was there.
+    start = np.nan_to_num(loaded.spec.references.array([asked])[0])
+    residual = store.energies(fidelity, rows) - np.array([energies[int(r)] for r in rows]) - composition @ start
     references = np.full(N_ELEMENTS + 1, np.nan)
-    references[present] = np.linalg.lstsq(composition[:, present], residual, rcond=None)[0]
+    references[present] = start[present] + np.linalg.lstsq(composition[:, present], residual, rcond=None)[0]
     return references
 
 
@@ -223,6 +227,8 @@ def save(run: Path | str, folder: Path | str, weights: str = "best") -> Path:
     }
     spec.write(aside, weights_sha256=sha256(aside / "model.safetensors"))
     metrics = {p.stem.removeprefix("evaluation-"): read_json(p) for p in sorted(run.glob("evaluation-*.json"))}
+    # An evaluation of other weights (raw, or of an earlier state of the run) says nothing about these.
+    metrics = {split: report for split, report in metrics.items() if report["weights_sha256"] == loaded.weights_sha256}
     write_json(aside / "metrics.json", metrics)
     (aside / "README.md").write_text(card(folder.name, loaded, metrics))
     if folder.exists():
@@ -275,7 +281,7 @@ def card(name: str, loaded: Loaded, metrics: Mapping[str, Any]) -> str:
     else:
         lines.append("None measured: run `mffm evaluate` on the run before the release.")
     lines += ["", "## Data", "", "| source | licence | citation |", "|---|---|---|"]
-    lines += [f"| {s['name']} | {s['licence']} | {s.get('citation', '')} |" for s in provenance.get("sources", [])]
+    lines += [f"| {s['name']} | {s['licence']} | {s.get('citation', '')} |" for s in licence_chain(provenance)]
     lines += [
         "",
         f"Store fingerprint `{provenance.get('store_fingerprint', '')}`. The weights inherit the obligations of "
@@ -294,6 +300,15 @@ def card(name: str, loaded: Loaded, metrics: Mapping[str, Any]) -> str:
             + " |"
         )
     return "\n".join(lines) + "\n"
+
+
+def licence_chain(provenance: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return the sources that weights were trained on: their own, then those of what they were fine-tuned from."""
+    sources = list(provenance.get("sources", []))
+    base = provenance.get("start_from")
+    if base is not None:
+        sources += [s for s in licence_chain(base["provenance"]) if s not in sources]
+    return sources
 
 
 def _training_record(run: Path, weights: str) -> dict[str, Any]:
@@ -364,12 +379,24 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write JSON aside, fsync, and rename."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Write JSON aside, fsync, and rename; errors as ``write_text``."""
+    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write text aside, fsync, and rename: what was there stays whole until the new file is.
+
+    Raises:
+        InputError: the disk is full, or the folder cannot be written.
+    """
     aside = path.with_name(path.name + ".partial")
-    with aside.open("w") as file:
-        json.dump(content, file, indent=2, ensure_ascii=False)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(aside, path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with aside.open("w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    except OSError as error:
+        aside.unlink(missing_ok=True)
+        raise InputError(f"{path}: cannot be written ({error}); free some space; what was there is intact") from error

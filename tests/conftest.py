@@ -37,12 +37,22 @@ def first_frames(n: int) -> str:
 @pytest.fixture(scope="session")
 def molecule_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A store of 90 shipped molecular frames: gfn2 (E, F), pbe (E, F), ccsdt (E); splits train, val, test."""
+    return build_store(tmp_path_factory.mktemp("molecules"), first_frames(90))
+
+
+@pytest.fixture(scope="session", name="build_store")
+def _build_store() -> Callable[[Path, str], Path]:
+    return build_store
+
+
+def build_store(folder: Path, extxyz: str) -> Path:
+    """Ingest extxyz text with the shipped molecules' keys into ``folder / "store"``."""
     from mffm.config.base import validate
     from mffm.config.data import DataConfig
     from mffm.data.ingest import ingest
 
-    folder = tmp_path_factory.mktemp("molecules")
-    (folder / "molecules.extxyz").write_text(first_frames(90))
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "molecules.extxyz").write_text(extxyz)
     config = {
         "store": str(folder / "store"),
         "fidelities": {
@@ -138,6 +148,12 @@ def tiny_release(tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     from mffm.release import save
 
     return save(tiny_run, tmp_path_factory.mktemp("release") / "tiny-release")
+
+
+@pytest.fixture(scope="session")
+def run_mffm() -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Return the function that runs the command line in a process of its own."""
+    return mffm
 
 
 def mffm(*arguments: str, **kwargs: Any) -> subprocess.CompletedProcess[str]:

@@ -58,6 +58,7 @@ class SourceSpec(Schema):
     )
     charge_key: str | None = None
     spin_multiplicity_key: str | None = None
+    weight_key: str | None = Field(None, description="info key of a frame's weight in the loss; 1 where it has none")
     labels: dict[str, dict[Property, LabelSpec | str]] = Field(min_length=1, description="fidelity → property → key")
     licence: str = Field(min_length=1)
     citation: str = ""

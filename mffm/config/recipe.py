@@ -1,12 +1,15 @@
 """Schema of a recipe: the YAML of one run."""
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
 from mffm.config.base import Schema
 from mffm.config.model import ModelConfig
 from mffm.keys import Property
+
+NonNegative = Annotated[float, Field(ge=0)]
+Below1 = Annotated[float, Field(ge=0, lt=1)]
 
 
 class PoolConfig(Schema):
@@ -90,7 +93,7 @@ class LossConfig(Schema):
     energy: TermConfig = TermConfig()
     forces: TermConfig = TermConfig()
     stress: TermConfig = TermConfig()
-    weights: dict[str, dict[Property, float]] = Field(
+    weights: dict[str, dict[Property, NonNegative]] = Field(
         default_factory=dict, description="fidelity → property → factor on its labels"
     )
     normalisation: Literal["pooled", "per_fidelity", "expected"] = Field(
@@ -113,7 +116,7 @@ class OptimConfig(Schema):
     lr: float = Field(2e-3, gt=0)
     final_lr_fraction: float = Field(0.01, ge=0, le=1)
     warmup_steps: int = Field(100, ge=0)
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Below1, Below1] = (0.9, 0.999)
     eps: float = Field(1e-8, gt=0)
     weight_decay: float = Field(1e-3, ge=0)
     clip: float = Field(10.0, gt=0, description="global gradient norm")
@@ -131,6 +134,11 @@ class TrainSection(Schema):
         "val/loss", description="metric that decides the best weights, e.g. val/pbe/forces_mae; the smaller the better"
     )
     patience: int | None = Field(None, ge=1, description="validations without a better one before the run stops")
+    spike_factor: float | None = Field(
+        None,
+        gt=1,
+        description="a loss of so many times the median of the last 100 steps stops the run; one not finite always",
+    )
     threads: int | None = Field(None, ge=1, description="CPU threads of a rank; None: torch's default")
     log_every: int = Field(20, ge=1)
 
@@ -149,7 +157,8 @@ class LogSection(Schema):
         "auto", description="auto: online with a login, else offline"
     )
     project: str = "mffm"
-    group: str | None = None
+    group: str | None = Field(None, description="of the run in W&B, e.g. of seeds; None: the name of the recipe")
+    tensorboard: bool = Field(False, description="also write event files to the folder tensorboard of the run")
 
 
 class Recipe(Schema):
@@ -170,6 +179,10 @@ class Recipe(Schema):
 
     @model_validator(mode="after")
     def _checks(self) -> "Recipe":
+        if self.model.init_from and not self.start_from:
+            raise ValueError(
+                "model.init_from needs start_from; in a fresh run heads start alike by model.heads.init_from"
+            )
         fidelities = self.fidelities
         named: dict[str, set[str]] = {
             "loss.weights": set(self.loss.weights),

@@ -118,7 +118,8 @@ def label_fault(prop: Property, value: np.ndarray, n_atoms: int) -> str:
         return f"expected shape {list(expected)}, found {list(np.shape(value))}"
     if not np.isfinite(value).all():
         bad = np.argwhere(~np.isfinite(value))
-        return f"{np.asarray(value)[tuple(bad[0])]} at {bad[0].tolist()}"
+        place = f" at {bad[0].tolist()}" if bad.shape[1] else ""
+        return f"{np.asarray(value)[tuple(bad[0])]}{place}"
     return ""
 
 
@@ -164,6 +165,7 @@ _FORCES_PER_EV = {
     "kJ/mol/Angstrom": 96.485332,
     "kJ/mol/nm": 964.85332,
 }
+SOFTEST = 6e-3  # eV/Å³, 1 GPa: half of water's bulk modulus
 STIFFEST = 6.0  # eV/Å³, 960 GPa: twice the bulk modulus of diamond
 
 
@@ -402,6 +404,15 @@ def _judge_stress(fidelity: str, trends: Sequence[tuple[float, float, int]]) -> 
             )
         )
     bulk = float(np.median([b for _, b, _ in trends]))
+    if abs(correlation) > 0.5 and bulk < SOFTEST:
+        findings.append(
+            Finding(
+                "stress_unit",
+                fidelity,
+                f"stress changes with volume like a bulk modulus of {bulk * 160.2:.4g} GPa "
+                f"({evidence}; liquids have 1 and more): stress in eV/Å³ read as GPa or kbar, or a gas",
+            )
+        )
     if abs(correlation) > 0.5 and bulk > STIFFEST:
         # Solids have 5 to 440 GPa: read as eV/Å³ these are up to 440 if the file has GPa, up to 4400 if it has kbar.
         unit = "kbar" if bulk > 440 else "GPa or kbar"

@@ -29,6 +29,7 @@ _DTYPES = {
     "source": "<i2",
     "charge": "<i2",
     "spin": "<i2",
+    "weight": "<f4",
     "element_start": "<i8",
     "element": "|u1",
     "element_count": "<i4",

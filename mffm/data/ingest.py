@@ -65,7 +65,12 @@ def source_files(source: SourceSpec, base: Path) -> list[Path]:
             raise InputError(f"source {source.name!r}: {pattern}: the environment variable {unset[1]} is not set")
         path = str(base / Path(expanded).expanduser())
         found = sorted(glob(path, recursive=True)) if any(c in path for c in "*?[") else [path]
+        folders = [f for f in found if Path(f).is_dir()]
         found = [f for f in found if Path(f).is_file()]
+        if not found and folders:
+            raise InputError(
+                f"source {source.name!r}: {folders[0]}: is a folder; name its files, e.g. {Path(pattern) / '*.extxyz'}"
+            )
         if not found:
             raise InputError(f"source {source.name!r}: {path}: no such file; correct `path` in the data YAML")
         files += [Path(f) for f in found]
@@ -126,6 +131,7 @@ def process(chunk: Chunk, settings: Settings) -> tuple[list[Item | RejectedFrame
                 split=frame.split,
                 charge=NO_CHARGE if frame.charge is None else frame.charge,
                 spin=frame.spin_multiplicity or 0,
+                weight=frame.weight,
                 geometry_hash=name,
                 lookup=lookup_keys(*geometry),
                 labels=labels,
@@ -312,7 +318,7 @@ def _read_sources(
     with Workers(config.workers, process) as run, meter:
         for k in range(state["file"], len(work)):
             if k > state["file"]:
-                _end_source(state, config, work, k)
+                _end_source(staging, config, work, k)
                 state.update(file=k, position=0, frame=0)
             done = sum(w.path.stat().st_size for w in work[:k])
             reader = READERS[work[k].reader]
@@ -329,7 +335,7 @@ def _read_sources(
                     staging.commit()
                     since_commit = 0
                 meter.update(done + (chunk.next_position if work[k].reader == "extxyz" else 0), state)
-        _end_source(state, config, work, len(work))
+        _end_source(staging, config, work, len(work))
     if state["n_rows"] == 0:
         staging.commit()
         first = next(staging.rejected())
@@ -341,12 +347,13 @@ def _read_sources(
     staging.commit()
 
 
-def _end_source(state: dict[str, Any], config: DataConfig, work: list[Work], k: int) -> None:
+def _end_source(staging: Staging, config: DataConfig, work: list[Work], k: int) -> None:
     """After the last file of a source: every label that was asked for must have occurred.
 
     Raises:
         InputError: an empty source, or a key that no frame has; the message lists the keys that the files have.
     """
+    state = staging.state
     source = work[k - 1].source
     if k < len(work) and work[k].source == source:
         return
@@ -355,11 +362,12 @@ def _end_source(state: dict[str, Any], config: DataConfig, work: list[Work], k: 
     if state["source_frames"][source] == 0:
         raise InputError(f"{files}: no frames; the source {spec.name!r} is empty: correct `path`, or leave it out")
     keys = state["source_keys"][source]
-    for name in ("frame_key", "group_key", "charge_key", "spin_multiplicity_key"):
+    for name in ("frame_key", "group_key", "charge_key", "spin_multiplicity_key", "weight_key"):
         key = getattr(spec, name)
         if key is not None and key not in keys and len(keys) < _MOST_KEYS and (name, key) != ("group_key", "formula"):
             raise InputError(
-                f"{files}: no frame has the key {key!r} ({name} of source {spec.name!r}); keys found: {known(keys)}"
+                f"{files}: no frame has the key {key!r} ({name} of source {spec.name!r}); "
+                f"{_found(staging, source, config)}"
             )
     if k == len(work) and config.splits.key is not None:
         every = {key for found in state["source_keys"] for key in found}
@@ -371,8 +379,19 @@ def _end_source(state: dict[str, Any], config: DataConfig, work: list[Work], k: 
             if key not in keys and not state["label_counts"][source].get(f"{fidelity} {prop}"):
                 raise InputError(
                     f"{files}: no frame has the key {key!r} (labels.{fidelity}.{prop} of source {spec.name!r}); "
-                    f"keys found: {known(keys)}"
+                    f"{_found(staging, source, config)}"
                 )
+
+
+def _found(staging: Staging, source: int, config: DataConfig) -> str:
+    """Return the keys of a source and its first rejected frame: damage may be why a key was not seen."""
+    text = f"keys found: {known(staging.state['source_keys'][source])}"
+    staging.commit()  # to see the frames rejected last; the caller gives up
+    first = next((r for r in staging.rejected() if r["source"] == config.sources[source].name), None)
+    if first is None:
+        return text
+    count = staging.state["n_rejected"]
+    return f"{text}; rejected: {count}, the first {first['file']}:{first['index']}: {first['reason']}"
 
 
 def _take(staging: Staging, item: Item | RejectedFrame, config: DataConfig, work: Work, splitter: Splitter) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 
 from mffm.config.data import DataConfig
 from mffm.data import records
-from mffm.data.checks import conflict
+from mffm.data.checks import check_store, conflict
 from mffm.data.finish import close_layer, save_columns, write_label_shards
 from mffm.data.identity import lookup_keys, same_geometry
 from mffm.data.ingest import Settings, Work, fidelities_of, fidelity_table, process, source_files
@@ -43,12 +43,13 @@ def add_labels(
     store = Store(store_path)
     if len(config.sources) != 1:
         raise InputError(f"layer {layer_name!r}: the data YAML has {len(config.sources)} sources; a layer takes one")
-    if (
-        layer_name in [layer["name"] for layer in store.manifest["layers"]]
-        or not layer_name.replace("-", "_").isidentifier()
-    ):
-        names = known(layer["name"] for layer in store.manifest["layers"])
-        raise InputError(f"{store.path}: layer {layer_name!r} exists, or is not a name; layers: {names}")
+    names = [layer["name"] for layer in store.manifest["layers"]]
+    if layer_name in names:
+        raise InputError(
+            f"{store.path}: has a layer {layer_name!r} already; layers: {known(names)}: choose another name"
+        )
+    if not layer_name.replace("-", "_").isidentifier():
+        raise InputError(f"layer {layer_name!r}: not a name; use letters, digits, _ and -, a letter first")
     fidelities = _extended(store, fidelity_table(config), fidelities_of(config, 0))
     folder = store.path / "layers" / f".adding-{layer_name}"
     shutil.rmtree(folder, ignore_errors=True)
@@ -70,6 +71,12 @@ def add_labels(
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     return numbers
+
+
+def warnings(store_path: str | Path, config: DataConfig) -> list[str]:
+    """Return the findings of the checks of a set for the fidelities that a layer's YAML labels."""
+    labelled = fidelities_of(config, 0)
+    return [str(finding) for finding in check_store(Store(store_path)) if finding.fidelity in labelled]
 
 
 def _extended(store: Store, declared: FidelityTable, labelled: tuple[str, ...]) -> FidelityTable:
@@ -161,26 +168,44 @@ class _Matcher:
         files = source_files(self.source, base)
         numbers = {"rows": 0, "repeated": 0, "rejected": 0}
         first_reason = ""
+        keys: set[str] = set()
+        present = 0
         with (self.folder / "rejected.jsonl").open("w") as rejected, Meter(len(files), progress) as meter:
             for number, path in enumerate(files):
                 work = Work(0, path, reader_name(path, self.source.reader))
                 want = wanted(self.source)
                 settings = Settings(work.reader, want, tuple(self.fidelities), self.config.min_distance)
                 with Workers(self.config.workers, process) as run:
-                    for chunk, (items, _) in run(READERS[work.reader].chunks(path, want, 0, 0), settings):
+                    for chunk, (items, found) in run(READERS[work.reader].chunks(path, want, 0, 0), settings):
+                        keys |= found
                         for item in items:
+                            present |= 0 if isinstance(item, RejectedFrame) else item.present
                             reason = self._take(item, numbers)
                             if reason:
                                 numbers["rejected"] += 1
                                 first_reason = first_reason or f"{chunk.path}: {reason}"
                                 rejected.write(records.json_line(file=chunk.path, index=item.number, reason=reason))
                 meter.update(number + 1, {"n_rows": numbers["rows"], "n_rejected": numbers["rejected"]})
+        self._check_keys(", ".join(map(str, files)), keys, present)
         if not numbers["rows"]:
             raise InputError(
                 f"source {self.source.name!r}: no new label for {self.store.path}; {first_reason or 'all repeated'}"
             )
         self.transaction.commit()
         return numbers
+
+    def _check_keys(self, files: str, keys: set[str], present: int) -> None:
+        """Every label that was asked for must have occurred, as at an ingest."""
+        if not keys:
+            raise InputError(f"{files}: no frames; the source {self.source.name!r} is empty: correct `path`")
+        for k, fidelity in enumerate(self.fidelities):
+            for prop in self.source.labels[fidelity]:
+                key = self.source.label(fidelity, prop).key
+                if key not in keys and not present >> records.bit(k, prop) & 1:
+                    raise InputError(
+                        f"{files}: no frame has the key {key!r} (labels.{fidelity}.{prop} of source "
+                        f"{self.source.name!r}); keys found: {known(keys)}"
+                    )
 
     def _take(self, item: Item | RejectedFrame, numbers: dict[str, int]) -> str:
         """Keep the labels of a frame that are new; return why it is rejected, or ""."""

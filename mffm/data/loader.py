@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from types import TracebackType
 
 import numpy as np
@@ -17,8 +17,6 @@ from mffm.data.pools import bit
 from mffm.data.store import NO_CHARGE, Store
 from mffm.fidelity import FidelityTable
 from mffm.keys import ENERGY, FORCES, PROPERTIES, STRESS, Property
-
-Weights = Mapping[tuple[int, Property], float]
 
 # Bits of ``Pool.live`` → the properties they stand for.
 _PROPERTIES_OF = tuple(frozenset(p for p in PROPERTIES if code & int(bit(p))) for code in range(1 << len(PROPERTIES)))
@@ -111,7 +109,6 @@ def collate(
     properties: Sequence[Collection[Property]],
     cutoff: float,
     dtype: torch.dtype = torch.float32,
-    weights: Weights | None = None,
 ) -> Batch:
     """Return stored systems as a batch with the labels that exist and that are asked for; no rows: ``dummy``.
 
@@ -122,7 +119,6 @@ def collate(
         properties: per system, the labels to use.
         cutoff: Å.
         dtype: of everything real but the energies, which are float64.
-        weights: (fidelity index, property) → weight of its labels; 1 where not given.
     """
     if len(rows) == 0:
         return dummy(cutoff, dtype)
@@ -150,8 +146,8 @@ def collate(
                 labels[prop][place] = stored[prop]
                 masks[prop][system] = True
         start = stop
-    for (f, prop), weight in (weights or {}).items():
-        batch.weights[prop][batch.fidelity_idx == f] = weight
+    weights = torch.from_numpy(np.array(store.weight[rows], np.float32)).to(dtype)
+    batch.weights = dict.fromkeys(PROPERTIES, weights)
     return batch
 
 
@@ -205,7 +201,6 @@ class Loader:
         rank: int = 0,
         world_size: int = 1,
         dtype: torch.dtype = torch.float32,
-        weights: Weights | None = None,
         last_step: int | None = None,
         prefetch: int = 2,
     ):
@@ -215,12 +210,12 @@ class Loader:
             store, plan, fidelities, cutoff: what to read.
             cursor: where to begin; None: at the start.
             rank, world_size: whose share of each step.
-            dtype, weights: see ``collate``.
+            dtype: see ``collate``.
             last_step: steps before this number are read, then iteration ends; None: endless.
             prefetch: steps that may lie ready.
         """
         self._store, self._plan, self._fidelities, self._cutoff = store, plan, fidelities, cutoff
-        self._rank, self._world_size, self._dtype, self._weights = rank, world_size, dtype, weights
+        self._rank, self._world_size, self._dtype = rank, world_size, dtype
         self._last_step = last_step
         self._queue: queue.Queue[tuple[StepPlan, list[Batch], Cursor] | BaseException | None] = queue.Queue(prefetch)
         self._stop = threading.Event()
@@ -288,7 +283,6 @@ class Loader:
                 [_PROPERTIES_OF[code] for code in step.live[items].tolist()],
                 self._cutoff,
                 self._dtype,
-                self._weights,
             )
             for items in bins
         ]

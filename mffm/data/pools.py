@@ -74,9 +74,8 @@ def build_pools(store: Store, config: PlanConfig, fidelities: FidelityTable, cut
     for place, entry in enumerate(config.pools):
         where = f"data.plan.pools.{place}"
         rows, live = _labelled_rows(store, entry, where)
-        if entry.max_frames is not None and entry.max_frames < len(rows):
-            chosen = _choose(np.asarray(store.frame_hash[rows, 0]), entry.seed, entry.max_frames)
-            rows, live = rows[chosen], live[chosen]
+        chosen = np.isin(rows, choose(store, rows, entry.seed, entry.max_frames), assume_unique=True)
+        rows, live = rows[chosen], live[chosen]
         pools.append(
             Pool(
                 name=_name(entry, pools),
@@ -122,6 +121,13 @@ def _labelled_rows(store: Store, entry: PoolConfig, where: str) -> tuple[np.ndar
     for prop, labelled in by_property.items():
         live[np.searchsorted(rows, labelled)] |= bit(prop)
     return rows, live
+
+
+def choose(store: Store, rows: np.ndarray, seed: int, n: int | None) -> np.ndarray:
+    """Return ``n`` of the rows (all for None), sorted: those with the smallest hash of (seed, frame)."""
+    if n is None or n >= len(rows):
+        return rows
+    return rows[_choose(np.asarray(store.frame_hash[rows, 0]), seed, n)]
 
 
 def _choose(frame_hash: np.ndarray, seed: int, n: int) -> np.ndarray:

@@ -134,18 +134,32 @@ def _bookkeeping(store: Store, config: DataConfig, state: dict[str, Any]) -> lis
             warnings.append(
                 f"splits.holdout.{split}: no structure has the group {', '.join(absent)}; check the spelling"
             )
+    unlabelled = [name for name in store.fidelities.names if not any(store.has(name, p).any() for p in PROPERTIES)]
+    if unlabelled:
+        warnings.append(f"no frame has a label of fidelity {', '.join(unlabelled)}, which the data YAML declares")
+    labelled = [np.logical_or.reduce([store.has(name, p) for p in PROPERTIES]) for name in store.fidelities.names]
+    if sum(bool(has.any()) for has in labelled) > 1 and not (np.sum(labelled, 0) > 1).any():
+        warnings.append(
+            "no structure has labels of two fidelities: if the files hold the same structures, give a frame_key in one "
+            "source, or positions that agree to 1e-3 Å; else the same structure may be in two splits"
+        )
     for name, share in config.splits.fractions.items():
         if share > 0 and not (store.split == store.split_names.index(name)).any():
             warnings.append(f"split {name!r} is empty; it should hold {share:.0%}")
     share = state["n_rejected"] / max(1, state["n_rejected"] + store.n_frames + state["n_merged"])
     if share > 0.01:
-        warnings.append(f"{share:.1%} of the frames were rejected; see rejected.jsonl")
+        kind, n = max(state["reasons"].items(), key=lambda item: item[1])
+        warnings.append(
+            f"{share:.1%} of the frames were rejected, {n} of them for: {kind}; every one is in rejected.jsonl"
+        )
     return warnings
 
 
 def kind_of(reason: str) -> str:
-    """Return a reason without its numbers, for counting."""
-    return " ".join(word for word in reason.split() if not any(c.isdigit() for c in word))[:80]
+    """Return a reason with … for its numbers, for counting."""
+    words = ["…" if any(c.isdigit() for c in word) else word for word in reason.split()]
+    kind = " ".join(word for k, word in enumerate(words) if k == 0 or (word, words[k - 1]) != ("…", "…"))
+    return kind if len(kind) <= 100 else kind[:99] + "…"
 
 
 def count_reason(reasons: dict[str, int], reason: str) -> None:

@@ -25,8 +25,8 @@ from mffm.errors import InputError
 from mffm.keys import Property
 
 MAP_BYTES = 1 << 42  # address space, not disk
-# split, source, group, charge, spin, frame hash, geometry hash; precedes a staged geometry record
-_EXTRA = struct.Struct("<BhihH16s16s")
+# split, source, group, charge, spin, weight, frame hash, geometry hash; precedes a staged geometry record
+_EXTRA = struct.Struct("<BhihHf16s16s")
 _EXTRA_DTYPE = np.dtype(
     [
         ("split", "u1"),
@@ -34,6 +34,7 @@ _EXTRA_DTYPE = np.dtype(
         ("group", "<i4"),
         ("charge", "<i2"),
         ("spin", "<i2"),
+        ("weight", "<f4"),
         ("frame_hash", "<u8", (2,)),
         ("geometry_hash", "<u8", (2,)),
     ]
@@ -53,6 +54,7 @@ class Item(NamedTuple):
     split: str
     charge: int
     spin: int
+    weight: float
     geometry_hash: bytes
     lookup: list[bytes]
     labels: bytes  # label record, fidelities numbered as in the source
@@ -290,7 +292,8 @@ class Staging:
             geometry = records.unpack_geometry(record)
             record = records.pack_geometry(*geometry, frame_id)
         name = digest16(frame_id)
-        extra = _EXTRA.pack(split, source, self.group(item.group), item.charge, item.spin, name, item.geometry_hash)
+        group = self.group(item.group)
+        extra = _EXTRA.pack(split, source, group, item.charge, item.spin, item.weight, name, item.geometry_hash)
         self._put("geometry", row_key(row), extra + record)
         self._put("identity", item.lookup[0], row_key(row))
         self._put("names", name, row_key(row))

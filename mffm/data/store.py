@@ -5,7 +5,8 @@ Folder (schema version 1)::
     manifest.json              fidelities, sources, splits, shards with sizes and hashes, layers, fingerprints
     groups.json                names of the groups
     geometry/00000.lmdb …      records of ``mffm.data.records``
-    index/*.npy                per row: n_atoms, shard, frame_hash, geometry_hash, split, group, source, charge, spin;
+    index/*.npy                per row: n_atoms, shard, frame_hash, geometry_hash, split, group, source, charge, spin,
+                               weight;
     element counts (CSR) layers/<name>/             layer.json, labels-00000.lmdb …, rows.npy, present.npy, energy.npy
     edges/cutoff-<c>.npy/json  directed edges per row
     rejected.jsonl, ingest.md  what was left out, and the report
@@ -35,7 +36,7 @@ from mffm.frame import Frame
 from mffm.keys import ENERGY, N_ELEMENTS, PROPERTIES, Property
 
 NO_CHARGE = -32768
-COLUMNS = ("n_atoms", "shard", "frame_hash", "geometry_hash", "split", "group", "source", "charge", "spin")
+COLUMNS = ("n_atoms", "shard", "frame_hash", "geometry_hash", "split", "group", "source", "charge", "spin", "weight")
 ELEMENT_COLUMNS = ("element_start", "element", "element_count")
 
 # Environments by (process, device, inode), never closed: the arrays handed out are views of their maps.
@@ -207,6 +208,7 @@ class Store:
         columns = {name: _load(self.path / "index" / f"{name}.npy") for name in COLUMNS + ELEMENT_COLUMNS}
         self.n_atoms, self.split, self.group = columns["n_atoms"], columns["split"], columns["group"]
         self.source, self.charge, self.spin_multiplicity = columns["source"], columns["charge"], columns["spin"]
+        self.weight = columns["weight"]
         self.frame_hash, self.geometry_hash = columns["frame_hash"], columns["geometry_hash"]
         self.shard = columns["shard"]
         self._element_start, self.element = columns["element_start"], columns["element"]
@@ -349,6 +351,7 @@ class Store:
             split=self.split_names[self.split[row]],
             charge=None if charge == NO_CHARGE else charge,
             spin_multiplicity=spin or None,
+            weight=float(self.weight[row]),
             origin=f"{self.path}:{int(row)}",
         )
 
@@ -394,11 +397,22 @@ class Store:
         return counts
 
     def verify(self) -> None:
-        """Compare the SHA-256 of every file with the manifest.
+        """Compare the SHA-256 of every file with the manifest, edge counts with the one beside them.
 
         Raises:
             InputError: a file is damaged or missing; the message names it.
         """
+        if len(self.group_names) <= int(self.group.max(initial=-1)):
+            raise InputError(
+                f"{self.path / 'groups.json'}: damaged: {len(self.group_names)} names, but rows of group "
+                f"{int(self.group.max())}; restore it or ingest the store again"
+            )
+        for path in sorted((self.path / "edges").glob("cutoff-*.json")):
+            meta = _read_json(path)
+            if hashlib.sha256(_load(path.with_suffix(".npy")).tobytes()).hexdigest() != meta["sha256"]:
+                raise InputError(
+                    f"{path.with_suffix('.npy')}: damaged; run `mffm edges {self.path} --cutoff {meta['cutoff']:g}`"
+                )
         self.geometry_shards.verify()
         _verify_files(self.path / "index", self.manifest["index"])
         for layer in self.layers:

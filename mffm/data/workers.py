@@ -1,6 +1,7 @@
 """What an ingest runs on: worker processes with a bounded number of chunks under way, and a progress bar."""
 
 import os
+import signal
 import sys
 import threading
 import time
@@ -14,7 +15,8 @@ from mffm.data.readers.chunk import Chunk
 
 
 def _end_with_parent() -> None:
-    """Let a worker end when its parent was killed; it would wait for work for ever."""
+    """Let a worker end when its parent was killed; it would wait for ever. Ctrl-C is the parent's to handle."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = parent_process()
 
     def watch() -> None:

@@ -13,7 +13,9 @@ from ase.data import chemical_symbols
 from ase.stress import full_3x3_to_voigt_6_stress
 
 from mffm.batch import reference_energy
+from mffm.data.checks import closest_pair
 from mffm.data.loader import pack
+from mffm.data.readers.convert import FARTHEST
 from mffm.distributed import tune_allocator
 from mffm.errors import InputError, known
 from mffm.release import load
@@ -32,7 +34,8 @@ class Calculator(AseCalculator):
         weights: of a run: best, best-<fidelity>, last or raw.
 
     Raises:
-        InputError: unknown fidelity, dtype, or (on calculation) an element that the fidelity has no references for.
+        InputError: unknown fidelity, dtype or device; on calculation: an element that the fidelity has no references
+            for, no atoms, a cell of no volume, coincident atoms.
     """
 
     implemented_properties = [  # noqa: RUF012 - as ASE has it
@@ -55,6 +58,11 @@ class Calculator(AseCalculator):
         super().__init__(**kwargs)
         if dtype not in DTYPES:
             raise InputError(f"dtype {dtype!r}: known are {known(DTYPES)}")
+        try:
+            torch.empty(0, device=device)
+        except (RuntimeError, AssertionError) as error:  # torch asserts where it was built without CUDA
+            reason = str(error).splitlines()[0]
+            raise InputError(f"device {str(device)!r} cannot be used: {reason}; 'cpu' always can") from error
         tune_allocator()
         self._loaded = load(release, weights, device, DTYPES[dtype])
         index = self._loaded.fidelities.index(fidelity)
@@ -72,8 +80,10 @@ class Calculator(AseCalculator):
     ) -> None:
         super().calculate(atoms, properties, system_changes)
         atoms = self.atoms
-        assert atoms is not None
+        if atoms is None or len(atoms) == 0:
+            raise InputError("the structure has no atoms")
         self._check_elements(atoms.numbers)
+        _check_positions(atoms.get_positions())
         periodic = bool(atoms.pbc.any())
         if periodic and abs(np.linalg.det(atoms.cell.array)) < 1e-6 and atoms.pbc.all():
             raise InputError(f"the cell has no volume but pbc is {atoms.pbc.tolist()}; set a cell or pbc=False")
@@ -89,6 +99,10 @@ class Calculator(AseCalculator):
         energy = float(prediction.energy[0].double() + reference_energy(batch, self._references)[0])
         per_atom = prediction.atom_energies.double() + self._references[0, batch.atomic_numbers]
         assert prediction.forces is not None
+        if not (np.isfinite(energy) and bool(prediction.forces.isfinite().all())):
+            pair = closest_pair(atoms.get_positions(), cell, atoms.pbc, 1e-3)
+            where = f"atoms {pair[1]} and {pair[2]} are {pair[0]:.2g} Å apart" if pair else "no two atoms coincide"
+            raise InputError(f"energy or forces are not finite: {where}; separate the atoms, or use float64")
         self.results = {
             "energy": energy,
             "free_energy": energy,
@@ -100,11 +114,25 @@ class Calculator(AseCalculator):
             self.results["stress"] = full_3x3_to_voigt_6_stress(prediction.stress[0].double().cpu().numpy())
 
     def _check_elements(self, numbers: np.ndarray) -> None:
-        missing = [z for z in np.unique(numbers) if bool(torch.isnan(self._references[0, int(z)]))]
+        elements = self._references.shape[1]
+        missing = [
+            z for z in np.unique(numbers).tolist() if not 0 < z < elements or bool(torch.isnan(self._references[0, z]))
+        ]
         if missing:
             have = self._loaded.spec.references.elements(self.fidelity)
+            names = [chemical_symbols[z] if 0 <= z < elements else f"with atomic number {z}" for z in missing]
             raise InputError(
-                f"element {', '.join(chemical_symbols[z] for z in missing)} is unknown to {self._loaded.path} at "
+                f"element {', '.join(names)} is unknown to {self._loaded.path} at "
                 f"fidelity {self.fidelity!r}; "
                 f"known elements: {' '.join(have) or 'none: this fidelity was trained without energies'}"
             )
+
+
+def _check_positions(positions: np.ndarray) -> None:
+    bad = np.argwhere(~(np.abs(positions) <= FARTHEST))
+    if len(bad):
+        atom, axis = bad[0].tolist()
+        raise InputError(
+            f"position {positions[atom, axis]:g} Å of atom {atom} along {'xyz'[axis]}: "
+            f"expected a number within {FARTHEST:g} Å of the origin; wrap the atoms into the cell"
+        )

@@ -137,6 +137,7 @@ def write(evaluation: Evaluation, loaded: Loaded, store: Store, folder: Path) ->
             "split": evaluation.split,
             "potential": str(loaded.path),
             "weights": loaded.weights,
+            "weights_sha256": loaded.weights_sha256,
             "store": store.path.name,
             "store_fingerprint": store.fingerprint,
             "energies_without_references": evaluation.unreferenced,

@@ -29,8 +29,10 @@ class Mlp(nn.Module):
         self.weights, self.biases = nn.ParameterList(), nn.ParameterList()
         for i, (n_in, n_out) in enumerate(pairwise(sizes)):
             last = i == len(widths) - 1
-            std = (1.0 if i == 0 else SILU_GAIN) / n_in**0.5 * (0.0 if last and zero_output else 1.0)
-            self.weights.append(nn.Parameter(torch.randn(*lead, n_in, n_out) * std))
+            weight = torch.randn(*lead, n_in, n_out) * ((1.0 if i == 0 else SILU_GAIN) / n_in**0.5)
+            if last and zero_output:  # plain zeros: a product with 0 leaves -0.0, which a sum over ranks turns into 0.0
+                weight = torch.zeros_like(weight)
+            self.weights.append(nn.Parameter(weight))
             self.biases.append(nn.Parameter(torch.zeros(*lead, n_out)))
 
     def members(self) -> list[list[tuple[Tensor, Tensor]]]:

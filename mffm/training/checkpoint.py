@@ -119,7 +119,7 @@ def _point_latest(folder: Path, name: str) -> None:
 def newest_whole(folder: Path) -> tuple[Path, TrainState, list[str]] | None:
     """Return the newest checkpoint whose files are whole, its state, and a warning for each damaged one passed over.
 
-    Looked at in this order: the one that ``latest`` names, then the others from the newest on. None where there is none.
+    The one that ``latest`` names is looked at first, then older ones. None where there is no checkpoint.
 
     Raises:
         InputError: there are checkpoints, but each is damaged or of another format.

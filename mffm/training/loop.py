@@ -16,15 +16,17 @@ from typing import Any
 import torch
 
 from mffm import distributed
+from mffm.batch import Batch
 from mffm.config.base import dump, load
 from mffm.config.recipe import Recipe
 from mffm.data.loader import Loader
 from mffm.data.plan import Cursor, StepPlan
 from mffm.errors import InputError, known
 from mffm.optim import MovingAverage, adamw, learning_rate
-from mffm.release import PotentialSpec, write_json, write_weights
+from mffm.release import PotentialSpec, write_json, write_text, write_weights
 from mffm.training import checkpoint
 from mffm.training.log import RunLog
+from mffm.training.quarantine import LossWatch, SickStepError, write_bundle
 from mffm.training.setup import Setup, Trainee, deepspeed_config, prepare
 from mffm.training.state import TrainState
 from mffm.training.validate import Validator
@@ -47,8 +49,7 @@ def train(recipe: Recipe) -> Outcome:
         InputError: the folder holds a run already, or the recipe does not fit the store.
     """
     run = Path(recipe.run_folder)
-    ranks = distributed.ranks_from_environment()
-    if ranks.is_main and (run / "checkpoints" / "latest").exists():
+    if (run / "checkpoints" / "latest").exists():
         raise InputError(
             f"{run}: holds a run already; go on with `mffm resume {run}`, or give another folder with run=..."
         )
@@ -85,9 +86,11 @@ def _run(recipe: Recipe, run: Path, resume: bool) -> Outcome:
     state = TrainState(0, setup.plan.start().to_dict(), setup.plan.fingerprint, ranks.world_size)
     if saved is not None:
         state = _restore(saved[0], saved[1], setup, engine, ema, ranks.world_size)
+    plan_config = recipe.data.plan
     validator = Validator(
         setup.store, setup.fidelities, recipe.data.validation_split, recipe.data.validation_max_frames,
-        recipe.model.backbone.cutoff, recipe.data.plan.edge_budget, setup.loss, set(setup.used), table, ranks,
+        recipe.model.backbone.cutoff, plan_config.edges_per_microbatch or plan_config.edge_budget, setup.loss,
+        set(setup.used), table, ranks,
     )  # fmt: skip
     if recipe.train.best not in validator.names:
         raise InputError(f"train.best: no metric {recipe.train.best!r}; this run measures: {known(validator.names)}")
@@ -110,14 +113,16 @@ def _run(recipe: Recipe, run: Path, resume: bool) -> Outcome:
         _say_start(log, setup, ranks, n_microbatches)
         if saved is not None:
             _say_resumed(log, *saved, ranks)
+        watch = LossWatch(recipe.train.spike_factor)
         ended = "stopped_early" if _out_of_patience(state, recipe) else "finished"
         while state.step < recipe.train.steps and ended == "finished":
             started = time.perf_counter()
             plan, batches, cursor = next(loader)
             lr = learning_rate(state.step, recipe.train.steps, recipe.optim)
-            loss, parts, norm = train_step(engine, setup, plan, batches, ranks, lr, device)
-            if distributed.any_rank(not math.isfinite(loss), device):
-                raise _quarantined(run, setup, plan, state.step, ranks)
+            try:
+                parts, norm = train_step(engine, setup, plan, batches, ranks, lr, watch)
+            except SickStepError as sick:
+                raise write_bundle(run, setup, plan, state.step, str(sick), ranks) from sick
             ema.update(module.named_parameters())
             _advance(state, setup, plan, cursor, ema)
             last = state.step == recipe.train.steps
@@ -128,7 +133,7 @@ def _run(recipe: Recipe, run: Path, resume: bool) -> Outcome:
                     setup,
                     plan,
                     state.step,
-                    distributed.sum_over_ranks(parts),
+                    parts,
                     lr,
                     norm,
                     time.perf_counter() - started,
@@ -151,33 +156,48 @@ def _run(recipe: Recipe, run: Path, resume: bool) -> Outcome:
 
 
 def train_step(
-    engine: Any, setup: Setup, plan: StepPlan, batches: list, ranks: distributed.Ranks, lr: float, device: torch.device
-) -> tuple[float, torch.Tensor, float]:
+    engine: Any,
+    setup: Setup,
+    plan: StepPlan,
+    batches: list[Batch],
+    ranks: distributed.Ranks,
+    lr: float,
+    watch: LossWatch,
+) -> tuple[torch.Tensor, float]:
     """Do one optimiser update.
-
-    Returns:
-        this rank's share of the loss; its parts [n_properties, n_fidelities]; the gradient's norm before clipping.
 
     DeepSpeed averages gradients over ranks and divides by the accumulation steps, so it is handed world size ×
     microbatches × the local sum ÷ the global count.
+
+    Returns:
+        the global loss by part, [n_properties, n_fidelities]; the gradient's norm before clipping.
+
+    Raises:
+        SickStepError: on all ranks alike, before the weights change (from ZeRO 1 on after it, if only the gradient is
+            not finite: DeepSpeed knows its norm no earlier).
     """
     engine.train()
     for group in engine.optimizer.param_groups:
         group["lr"] = lr
-    divisors = setup.loss.divisors(plan.counts, setup.plan.expected_counts).to(device)
-    total, norm = 0.0, 0.0
-    parts = torch.zeros_like(divisors)
-    for batch in batches:
-        loss, part = engine(batch.to(device, non_blocking=True), divisors)
+    divisors = setup.loss.divisors(plan.counts, setup.plan.expected_counts).to(engine.device)
+    replicated = engine.zero_optimization_stage() == 0
+    parts, norm = torch.zeros_like(divisors), 0.0
+    for i, batch in enumerate(batches):
+        loss, part = engine(batch.to(engine.device, non_blocking=True), divisors)
         engine.backward(loss * (ranks.world_size * len(batches)))
-        if engine.zero_optimization_stage() == 0 and engine.is_gradient_accumulation_boundary():
-            gradients = [p.grad for p in setup.potential.parameters() if p.grad is not None]
-            norm = float(torch.nn.utils.get_total_norm(gradients, foreach=True))
-        engine.step()
-        total += float(loss.detach())
         parts += part
-    # DeepSpeed keeps the norm of its own optimisers only
-    return total, parts, norm if engine.zero_optimization_stage() == 0 else float(engine.get_global_grad_norm() or 0.0)
+        if i == len(batches) - 1:
+            parts = distributed.sum_over_ranks(parts)
+            if replicated:  # DeepSpeed keeps the norm of its own optimisers only
+                gradients = [p.grad for p in setup.potential.parameters() if p.grad is not None]
+                norm = float(torch.nn.utils.get_total_norm(gradients, foreach=True))
+            watch.check(float(parts.sum()), norm)
+        engine.step()
+    if not replicated:
+        norm = float(engine.get_global_grad_norm() or 0.0)
+        if not math.isfinite(norm):
+            raise SickStepError("the gradient is not finite")
+    return parts, norm
 
 
 def _engine(trainee: Trainee, recipe: Recipe, ds_config: dict[str, Any]) -> Any:
@@ -232,11 +252,11 @@ def _keep_best(
     watched = {"best": metric} | {f"best-{n}": f"val/{n}/loss" for n in recipe.fidelities if f"val/{n}/loss" in metrics}
     state.validations_since_best += 1
     for name, key in watched.items():
-        if key not in state.best or metrics[key] < state.best[key]["value"]:
+        if math.isfinite(metrics[key]) and (key not in state.best or metrics[key] < state.best[key]["value"]):
             state.best[key] = {"value": metrics[key], "step": state.step}
             if name == "best":
                 state.validations_since_best = 0
-        if state.best[key]["step"] == state.step and ranks.is_main:
+        if key in state.best and state.best[key]["step"] == state.step and ranks.is_main:
             write_weights(run / "weights" / f"{name}.safetensors", evaluated.state_dict())
     shown = "  ".join(f"{k.removeprefix('val/')} {v:.1f}" for k, v in metrics.items() if k.endswith("_mae"))
     log.say(f"step {state.step} validation: loss {metrics['val/loss']:.4f}  {shown}")
@@ -260,10 +280,10 @@ def _log_step(
 def _write_run_folder(run: Path, setup: Setup, ds_config: dict[str, Any]) -> None:
     (run / "checkpoints").mkdir(parents=True, exist_ok=True)
     (run / "weights").mkdir(exist_ok=True)
-    (run / "recipe.yaml").write_text(dump(setup.recipe))
+    write_text(run / "recipe.yaml", dump(setup.recipe))
     write_json(run / "deepspeed.json", ds_config)
     setup.spec.write(run / "potential")
-    (run / "references.md").write_text(setup.spec.references.report_markdown())
+    write_text(run / "references.md", setup.spec.references.report_markdown())
 
 
 def _say_start(log: RunLog, setup: Setup, ranks: distributed.Ranks, n_microbatches: int) -> None:
@@ -291,20 +311,6 @@ def _say_resumed(log: RunLog, path: Path, state: TrainState, warnings: list[str]
         log.say(
             f"written by {state.world_size} rank(s), now {ranks.world_size}: the same global batches, not bit-identical"
         )
-
-
-def _quarantined(run: Path, setup: Setup, plan: StepPlan, step: int, ranks: distributed.Ranks) -> InputError:
-    """Write what the sick step read and return the error that stops the run."""
-    path = run / "quarantine" / f"step-{step:08d}.json"
-    if ranks.is_main:
-        names = [setup.fidelities.names[i] for i in plan.fidelity_idx]
-        write_json(
-            path, {"step": step, "rows": plan.rows.tolist(), "fidelities": names, "store": str(setup.store.path)}
-        )
-    return InputError(
-        f"step {step}: the loss is not finite; the frames of the step are listed in {path}. "
-        "Look at their labels, or lower optim.lr, and resume from the last checkpoint"
-    )
 
 
 @contextmanager

@@ -55,10 +55,17 @@ def prepare(recipe: Recipe, saved: PotentialSpec | None = None) -> Setup:
             f"{recipe.data.fingerprint}; "
             "use the store that the recipe was written for, or change the pin"
         )
-    pins = {"layers": [layer.name for layer in store.layers], "fingerprint": store.fingerprint}
+    pins = {
+        "store": str(store.path.resolve()),  # a resume may come from another working directory
+        "layers": [layer.name for layer in store.layers],
+        "fingerprint": store.fingerprint,
+    }
     recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update=pins)})
     fidelities = FidelityTable(store.fidelities[name] for name in recipe.fidelities)
     base = load(recipe.start_from) if recipe.start_from and saved is None else None
+    for other, path in ((base.spec if base else None, recipe.start_from), (saved, recipe.run_folder)):
+        if other is not None:
+            _require_same_backbone(recipe, other, str(path))
     cutoff = recipe.model.backbone.cutoff
     pools = build_pools(store, recipe.data.plan, fidelities, cutoff)
     plan = Plan(pools, recipe.data.plan, recipe.seed)
@@ -85,13 +92,28 @@ def prepare(recipe: Recipe, saved: PotentialSpec | None = None) -> Setup:
     return Setup(recipe, store, fidelities, plan, loss, spec, potential, used)
 
 
+def _require_same_backbone(recipe: Recipe, other: PotentialSpec, path: str) -> None:
+    """Shapes of weights do not tell a cutoff or an envelope; weights mean nothing under another one.
+
+    Raises:
+        InputError: with every key that differs and both values.
+    """
+    mine, theirs = recipe.model.backbone.model_dump(), other.model.backbone.model_dump()
+    differing = [f"{k}: {mine[k]} here, {theirs[k]} there" for k in mine if mine[k] != theirs[k]]
+    if differing:
+        raise InputError(
+            f"model.backbone differs from that of the weights in {path} ({'; '.join(differing)}); set the same values"
+        )
+
+
 def fit_references(
     recipe: Recipe, store: Store, fidelities: FidelityTable, rows: dict[str, np.ndarray], base: Loaded | None
 ) -> references.ElementReferences:
     """Return the element references of a run.
 
-    A fidelity that starts from another one of the base (``model.init_from``) gets references fitted on what the base's
-    predictions leave of its labels: it starts as its parent with refitted references, not thousands of eV off.
+    A fidelity that the base has keeps the base's: its weights were trained against them. One that starts from another
+    of the base (``model.init_from``) gets references fitted on what the base's predictions leave of its labels: it
+    starts as its parent with refitted references, not thousands of eV off.
     """
     if base is None:
         return references.fit(store, fidelities.names, rows, recipe.references)
@@ -101,8 +123,14 @@ def fit_references(
         if name not in recipe.references.given and len(labelled):
             values = refit_references(base, store, labelled, name, parent)
             refitted[name] = {chemical_symbols[z]: float(values[z]) for z in np.flatnonzero(~np.isnan(values))}
-    config = recipe.references.model_copy(update={"given": {**recipe.references.given, **refitted}})
+    kept = {n: base.spec.references.to_dict()["references"][n] for n in fidelities.names if n in base.fidelities}
+    kept = {n: values for n, values in kept.items() if n not in recipe.references.given}
+    config = recipe.references.model_copy(update={"given": {**recipe.references.given, **refitted, **kept}})
     result = references.fit(store, fidelities.names, rows, config)
+    for name in kept:
+        result.report[name].update(
+            method="kept", reason=f"those of {base.path}, which the weights were trained against"
+        )
     for name in refitted:
         result.report[name].update(
             method="refitted",
@@ -189,6 +217,7 @@ class Trainee(nn.Module):
 
 def deepspeed_config(recipe: Recipe, ranks: Ranks, n_microbatches: int) -> dict[str, Any]:
     """Return DeepSpeed's JSON: generated from the recipe, with the recipe's overrides merged over it."""
+    _refuse_overrides(recipe.deepspeed.overrides)
     generated = {
         "train_micro_batch_size_per_gpu": 1,  # a microbatch is one packed Batch
         "gradient_accumulation_steps": n_microbatches,
@@ -200,6 +229,28 @@ def deepspeed_config(recipe: Recipe, ranks: Ranks, n_microbatches: int) -> dict[
         "wall_clock_breakdown": False,
     }
     return _merged(generated, recipe.deepspeed.overrides)
+
+
+# What decides the numbers has a key of its own in the recipe; DeepSpeed's would change them behind its back.
+RECIPE_KEYS = {
+    "train_batch_size": "data.plan.edge_budget",
+    "train_micro_batch_size_per_gpu": "data.plan.edge_budget",
+    "gradient_accumulation_steps": "data.plan.edges_per_microbatch",
+    "gradient_clipping": "optim.clip",
+    "zero_optimization.stage": "deepspeed.zero_stage",
+    "optimizer": "optim",
+    "scheduler": "optim",
+    "bf16": "nothing yet: training is in float32",
+    "fp16": "nothing: training is in float32",
+}
+
+
+def _refuse_overrides(overrides: Mapping[str, Any]) -> None:
+    zero = overrides.get("zero_optimization")
+    given = [*overrides, *(f"zero_optimization.{k}" for k in (zero if isinstance(zero, Mapping) else ()))]
+    for key in given:
+        if key in RECIPE_KEYS:
+            raise InputError(f"deepspeed.overrides.{key}: not to be overridden; the recipe's key is {RECIPE_KEYS[key]}")
 
 
 def _merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:

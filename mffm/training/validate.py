@@ -5,6 +5,7 @@ import torch
 from mffm import distributed
 from mffm.batch import Batch, reference_energy
 from mffm.data.loader import evaluation_batches
+from mffm.data.pools import choose
 from mffm.data.store import Store
 from mffm.errors import InputError
 from mffm.fidelity import FidelityTable
@@ -36,7 +37,7 @@ class Validator:
         self.names: set[str] = set()  # of the metrics that a validation gives
         index = 0
         for f, name in enumerate(fidelities.names):
-            rows = store.rows(split=split, fidelity=name)[:max_frames]
+            rows = choose(store, store.rows(split=split, fidelity=name), 0, max_frames)
             for prop in PROPERTIES:
                 live = store.has(name, prop)[rows]
                 n_atoms = store.n_atoms[rows][live].sum()
@@ -47,9 +48,9 @@ class Validator:
                 if n and not (prop == ENERGY and bool(table[f].isnan().all())):
                     self.names |= {f"val/{name}/{prop}_mae", f"val/{name}/{prop}_rmse"}
             for batch in evaluation_batches(store, rows, name, fidelities, cutoff, edge_budget):
+                batch = batch.to(table.device)
+                self._mask_unreferenced(batch, store, trained=(f, ENERGY) in used)  # raises on all ranks alike
                 if index % ranks.world_size == ranks.rank:
-                    batch = batch.to(table.device)
-                    self._mask_unreferenced(batch, store, trained=(f, ENERGY) in used)
                     self.batches.append(batch)
                 index += 1
         self.names |= {"val/loss"} | {f"val/{fidelities.names[f]}/loss" for f, _ in self.counts}
@@ -86,7 +87,7 @@ class Validator:
         )
         potential.eval()
         for batch in self.batches:
-            prediction = potential(batch, forces=True, stress=self.has_stress)
+            prediction = potential(batch, forces=True, stress=self.has_stress or self.loss.needs_stress)
             reference = torch.nan_to_num(reference_energy(batch, self.table))
             errors.add(prediction, batch, reference)
             losses += self.loss(prediction, batch, reference, divisors)[1]

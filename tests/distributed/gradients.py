@@ -17,6 +17,7 @@ from mffm.config.base import load
 from mffm.config.recipe import Recipe
 from mffm.data.loader import Loader
 from mffm.training.loop import _engine, train_step
+from mffm.training.quarantine import LossWatch
 from mffm.training.setup import Trainee, deepspeed_config, prepare
 
 
@@ -34,7 +35,7 @@ def plain(setup, batches, plan, table) -> dict[str, torch.Tensor]:
     return gradients
 
 
-def through_engine(setup, batches, plan, table, recipe, ranks, device) -> dict[str, torch.Tensor]:
+def through_engine(setup, batches, plan, table, recipe, ranks) -> dict[str, torch.Tensor]:
     from deepspeed.utils import safe_get_full_grad
 
     engine = _engine(Trainee(setup.potential, setup.loss, table), recipe, deepspeed_config(recipe, ranks, len(batches)))
@@ -52,14 +53,14 @@ def through_engine(setup, batches, plan, table, recipe, ranks, device) -> dict[s
         step()
 
     engine.step = step_and_keep
-    train_step(engine, setup, plan, batches, ranks, 1e-3, device)
+    train_step(engine, setup, plan, batches, ranks, 1e-3, LossWatch(None))
     return gradients
 
 
 def main() -> None:
     recipe = load(Recipe, sys.argv[1])
     ranks = distributed.ranks_from_environment()
-    device = distributed.start(ranks)
+    distributed.start(ranks)
     setup = prepare(recipe)
     table = setup.spec.reference_table()
     dtype = torch.float64 if sys.argv[3] == "plain" else torch.float32
@@ -77,7 +78,7 @@ def main() -> None:
     if sys.argv[3] == "plain":
         gradients = plain(setup, batches, plan, table)
     else:
-        gradients = through_engine(setup, batches, plan, table, recipe, ranks, device)
+        gradients = through_engine(setup, batches, plan, table, recipe, ranks)
     if ranks.is_main:
         save_file({k: v.contiguous() for k, v in gradients.items()}, Path(sys.argv[2]))
     distributed.barrier()

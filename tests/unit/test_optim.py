@@ -1,10 +1,13 @@
 import math
 from itertools import pairwise
 
+import pytest
 import torch
 from torch import nn
 
+from mffm.config.model import ConditioningConfig, DensityConfig, HeadsConfig, ModelConfig
 from mffm.config.recipe import OptimConfig
+from mffm.models.potential import Potential
 from mffm.optim import MovingAverage, adamw, learning_rate
 
 
@@ -18,17 +21,23 @@ def test_schedule_warms_up_peaks_and_ends_at_its_fraction():
     assert all(a >= b for a, b in pairwise(rates[10:]))
 
 
-def test_only_matrices_decay():
-    module = nn.Sequential(nn.Linear(3, 2), nn.LayerNorm(2))
-    decay = {
-        id(p): g["weight_decay"] for g in adamw(module, OptimConfig(weight_decay=0.5)).param_groups for p in g["params"]
-    }
-    assert {name: decay[id(p)] for name, p in module.named_parameters()} == {
-        "0.weight": 0.5,
-        "0.bias": 0.0,
-        "1.weight": 0.0,
-        "1.bias": 0.0,
-    }
+@pytest.mark.parametrize("heads", [{"kind": "shared"}, {"kind": "independent"}, {"kind": "delta", "base": "a"}])
+@pytest.mark.parametrize("conditioning", ["none", "onehot", "embedding", "film"])
+def test_biases_gains_and_fidelity_offsets_do_not_decay(heads, conditioning):
+    """By name, on real potentials: a bias with one row per fidelity has the shape of a matrix."""
+    config = ModelConfig(
+        backbone=DensityConfig(channels=4, edge_channels=4),
+        conditioning=ConditioningConfig(kind=conditioning),
+        heads=HeadsConfig(**heads),
+    )
+    potential = Potential(config, ["a", "b"], avg_neighbors=4.0, scale=1.0)
+    groups = adamw(potential, OptimConfig(weight_decay=0.5)).param_groups
+    decay = {id(p): g["weight_decay"] for g in groups for p in g["params"]}
+    assert len(decay) == len(list(potential.parameters()))
+    for name, p in potential.named_parameters():
+        leaf = name.rpartition(".")[2] if not name.rpartition(".")[2].isdigit() else name.split(".")[-2]
+        is_offset = leaf in ("bias", "biases", "trunk_bias", "table") or ".norm." in name
+        assert decay[id(p)] == (0.0 if is_offset else 0.5), name
 
 
 def test_moving_average_is_apart_and_follows_the_formula():

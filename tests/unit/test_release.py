@@ -9,8 +9,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from mffm.data.store import Store
 from mffm.errors import InputError
-from mffm.release import load, save
+from mffm.evaluate import parity
+from mffm.release import licence_chain, load, save
 
 
 @pytest.fixture
@@ -46,6 +48,23 @@ def test_weights_of_a_run_are_chosen_by_name(tiny_run: Path):
     assert load(tiny_run, "raw").weights == "raw"
     with pytest.raises(InputError, match=r"no weights 'median'; it has: best, best-gfn2, best-pbe, last, raw"):
         load(tiny_run, "median")
+
+
+def test_card_holds_the_errors_of_its_own_weights_only(tiny_run: Path, tmp_path: Path, molecule_store: Path):
+    run = Path(shutil.copytree(tiny_run, tmp_path / "run"))
+    store = Store(molecule_store)
+    for weights, split in (("best", "test"), ("raw", "val")):
+        loaded = load(run, weights)
+        parity.write(parity.evaluate(loaded, store, split), loaded, store, run)
+    metrics = json.loads((save(run, tmp_path / "release") / "metrics.json").read_text())
+    assert set(metrics) == {"test"}
+    assert set(json.loads((save(run, tmp_path / "raw", "raw") / "metrics.json").read_text())) == {"val"}
+
+
+def test_licences_of_what_it_was_fine_tuned_from_are_listed():
+    base = {"sources": [{"name": "a", "licence": "CC-BY-4.0"}]}
+    tuned = {"sources": [{"name": "b", "licence": "MIT"}], "start_from": {"provenance": base}}
+    assert [s["name"] for s in licence_chain({"sources": [], "start_from": {"provenance": tuned}})] == ["b", "a"]
 
 
 def test_existing_target_is_not_overwritten(tiny_run: Path, copy: Path):

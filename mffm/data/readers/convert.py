@@ -3,6 +3,7 @@
 Factors are CODATA 2018 through ASE's unit table (1 Hartree = 27.211386 eV, 1 bohr = 0.529177211 Å).
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -29,6 +30,7 @@ DEFAULT_UNITS: dict[Property, str] = {ENERGY: "eV", FORCES: "eV/Angstrom", STRES
 
 # Largest asymmetry of a stress, relative to its largest component, that rounding and k-point noise explain.
 STRESS_ASYMMETRY = 1e-2
+FARTHEST = 1e6  # Å from the origin
 
 
 @dataclass(slots=True)
@@ -89,6 +91,7 @@ class Wanted:
     charge_key: str | None
     spin_key: str | None
     split_key: str | None
+    weight_key: str | None
 
     @property
     def forces_keys(self) -> frozenset[str]:
@@ -111,6 +114,7 @@ def wanted(source: SourceSpec, split_key: str | None = None) -> Wanted:
         source.charge_key,
         source.spin_multiplicity_key,
         split_key,
+        source.weight_key,
     )
 
 
@@ -137,7 +141,7 @@ def build(
     try:
         frame = Frame(
             atomic_numbers=_elements(numbers),
-            positions=_finite(np.asarray(positions, np.float64) * want.length, "positions"),
+            positions=_near(_finite(np.asarray(positions, np.float64) * want.length, "positions")),
             cell=np.zeros((3, 3)) if cell is None else _finite(np.asarray(cell, np.float64) * want.length, "the cell"),
             pbc=np.asarray(pbc, bool),
             origin=origin,
@@ -169,9 +173,23 @@ def build(
         frame.spin_multiplicity = _integer(info, want.spin_key, "spin multiplicity")
         if frame.spin_multiplicity is not None and frame.spin_multiplicity < 1:
             raise BadFrameError(f"spin multiplicity {frame.spin_multiplicity}; it is 2S+1, so at least 1")
+        frame.weight = _weight(info, want.weight_key)
     except BadFrameError as error:
         return RejectedFrame(file, index, str(error), want.source)
     return frame
+
+
+def _weight(info: Mapping[str, Any], key: str | None) -> float:
+    value = None if key is None else info.get(key)
+    if value is None or value == "":
+        return 1.0
+    try:
+        weight = float(value)
+    except (TypeError, ValueError):
+        weight = math.nan
+    if not 0 <= weight < math.inf:
+        raise BadFrameError(f"weight {value!r} under {key!r}; it is a finite number, 0 or more")
+    return weight
 
 
 def _text(value: Any) -> str:
@@ -204,8 +222,19 @@ def _elements(numbers: np.ndarray) -> np.ndarray:
 def _finite(values: np.ndarray, what: str) -> np.ndarray:
     if not np.isfinite(values).all():
         bad = np.argwhere(~np.isfinite(values))[0]
-        raise BadFrameError(f"{what}: {values[tuple(bad)]} at {bad.tolist()}")
+        place = f" at {bad.tolist()}" if len(bad) else ""
+        raise BadFrameError(f"{what}: {values[tuple(bad)]}{place}")
     return values
+
+
+def _near(positions: np.ndarray) -> np.ndarray:
+    """Positions beyond ``FARTHEST`` are damage or a wrong column: differences between them lose their digits."""
+    if len(positions) and np.abs(positions).max() > FARTHEST:
+        atom, axis = np.unravel_index(int(np.abs(positions).argmax()), positions.shape)
+        raise BadFrameError(
+            f"positions: {positions[atom, axis]:.4g} Å at [{atom}, {axis}], farther than {FARTHEST:g} Å from the origin"
+        )
+    return positions
 
 
 def numeric(value: Any, what: str) -> np.ndarray:
@@ -244,7 +273,8 @@ def _label(value: Any, prop: Property, spec: LabelSpec, scale: float, frame: Fra
         raise BadFrameError(f"{what}: expected 6 (xx yy zz yz xz xy), 9 or 3×3 numbers, found {array.size}")
     array = _finite(scale * array, what)
     if frame.volume < 1e-9:
-        raise BadFrameError(f"{what}: the frame has no cell volume; leave the stress out of such a frame")
+        remedy = "give it a cell" if frame.pbc.any() else "leave the stress out of such a frame"
+        raise BadFrameError(f"{what}: the frame has no cell volume, pbc {frame.pbc.tolist()}; {remedy}")
     if spec.virial:
         array = -array / frame.volume
     asymmetry = float(np.abs(array - array.T).max())

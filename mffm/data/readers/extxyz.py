@@ -29,6 +29,7 @@ _PAIR = re.compile(
     re.VERBOSE,
 )
 _PROPERTIES = re.compile(r"^(?:[^:]+:[RILS]:\d+)(?::[^:]+:[RILS]:\d+)*$")
+_MOST_ATOMS = 10_000_000  # of a frame; more is damage, and would be read into memory before it is noticed
 _TRUE = {"T", "True", "TRUE", "true", "1"}
 _FALSE = {"F", "False", "FALSE", "false", "0"}
 _columns_known: dict[str, dict[str, tuple[int, int]]] = {}
@@ -173,6 +174,11 @@ def chunks(path: Path, want: Wanted, start: int = 0, first: int = 0) -> Iterator
                         f"{path}: frame {index + len(frames)}: expected the number of atoms, found {shown!r}; "
                         "not an (extended) XYZ file, or the frame before it has a wrong count"
                     ) from error
+                if not 0 <= n <= _MOST_ATOMS:
+                    raise InputError(
+                        f"{path}: frame {index + len(frames)}: {n} atoms; expected a number from 0 to {_MOST_ATOMS:,}; "
+                        "not an (extended) XYZ file, or the frame before it has a wrong count"
+                    )
                 comment = file.readline()
                 frames.append((n, comment, b"".join(islice(file, n))))
                 if len(frames) == CHUNK_FRAMES:

@@ -175,6 +175,8 @@ def test_stress_sign_and_unit(findings, structures):
     assert "negate: true" in findings(frames, lambda f: f | {"stress": -f["stress"]})["stress_sign"]
     assert "GPa" in findings(frames, lambda f: f | {"stress": 160.2 * f["stress"]})["stress_unit"]
     assert "kbar" in findings(frames, lambda f: f | {"stress": 1602 * f["stress"]})["stress_unit"]
+    too_soft = findings(frames, lambda f: f | {"stress": f["stress"] / 160.2})["stress_unit"]
+    assert "eV/Å³ read as GPa" in too_soft
 
 
 def test_outliers_are_named(findings, structures):

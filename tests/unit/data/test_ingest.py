@@ -17,6 +17,7 @@ import yaml
 from mffm.config.data import SplitSpec
 from mffm.data import records, staging
 from mffm.data.ingest import Splitter, ingest
+from mffm.data.report import kind_of
 from mffm.data.store import Store
 from mffm.errors import InputError
 
@@ -300,6 +301,41 @@ def test_bad_frames_are_left_out_and_listed(crystals, write_frames, data_config,
     assert any("rejected" in w for w in report.warnings)
     with pytest.raises(InputError, match=r"data.extxyz:3: .*on_reject: stop"):
         ingest(data_config(on_reject="stop"), tmp_path, tmp_path / "b", progress=False)
+
+
+def test_a_folder_as_path_and_a_damaged_frame_are_named(crystals, write_frames, data_config, tmp_path):
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(InputError, match=r"folder: is a folder; name its files, e.g. folder/\*.extxyz"):
+        ingest(data_config("folder"), tmp_path, progress=False)
+    path = write_frames("data.extxyz", crystals[:3])
+    path.write_text(path.read_text().replace("4\n", "9999\n", 1).replace(" energy=", " e=", 1))
+    with pytest.raises(InputError, match=r"no frame has the key 'energy' .*; rejected: 1, the first .*:0: .*cut short"):
+        ingest(data_config(), tmp_path, progress=False)
+
+
+def test_warnings_say_why_and_what_is_missing(crystals, write_frames, data_config, tmp_path):
+    write_frames("a.extxyz", [c | ({"energy": "nan"} if i < 4 else {}) for i, c in enumerate(crystals[:20])])
+    report = ingest(data_config("a.extxyz"), tmp_path, progress=False)
+    assert "20.0% of the frames were rejected, 4 of them for: energy (energy): nan;" in " ".join(report.warnings)
+    assert "no frame has a label of fidelity ccsdt" in " ".join(report.warnings)
+
+
+def test_kinds_of_reasons_leave_out_the_numbers():
+    assert kind_of("atoms 0 and 1 are 0.1 Å apart") == kind_of("atoms 7 and 9 are 0.2 Å apart")
+    assert kind_of("positions: 1e12 Å at [0, 1], farther") == "positions: … Å at … farther"
+
+
+@pytest.mark.parametrize(("shift", "paired"), [(1e-5, True), (5e-3, False)])
+def test_files_that_do_not_pair_are_a_warning(crystals, write_frames, data_config, tmp_path, shift, paired):
+    write_frames("low.extxyz", crystals[:20])
+    write_frames("high.extxyz", [c | {"positions": c["positions"] + shift * np.eye(4, 3)} for c in crystals[:20]])
+    sources = [
+        {"name": path, "path": f"{path}.extxyz", "licence": "MIT", "labels": {name: {"energy": "energy"}}}
+        for path, name in (("low", "pbe"), ("high", "ccsdt"))
+    ]
+    report = ingest(data_config(sources=sources), tmp_path, progress=False)
+    assert report.n_frames == (20 if paired else 40)
+    assert any("no structure has labels of two fidelities" in w for w in report.warnings) is not paired
 
 
 # --- kills and full disks

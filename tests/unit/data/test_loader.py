@@ -56,6 +56,8 @@ def loader_frames():
         atoms.info.pop("adsorbate_info", None)
         atoms.info["frame_id"] = f"frame-{i}"
         atoms.info["part"] = "train" if i % 6 else "val"
+        if i % 2:
+            atoms.info["weight"] = 0.25 * i
         frames.append(atoms)
     return frames
 
@@ -74,6 +76,7 @@ def loader_store(tmp_path_factory) -> Store:
                 "frame_key": "frame_id",
                 "charge_key": "charge",
                 "spin_multiplicity_key": "spin",
+                "weight_key": "weight",
                 "licence": "none",
                 "labels": {
                     "lf": {"energy": "lf_energy", "forces": "lf_forces", "stress": "lf_stress"},
@@ -189,14 +192,16 @@ def test_a_property_that_is_not_asked_for_is_masked(loader_store):
     assert not batch.labels["stress"].any()
 
 
-def test_weights_by_fidelity_and_property(loader_store):
+def test_weights_are_the_frames_own(loader_store):
+    rows = rows_with(loader_store, 12)
+    batch = everything(loader_store, rows)
+    expected = [loader_store.frame(int(r)).weight for r in rows]
+    assert len(set(expected)) > 1
+    for prop in PROPERTIES:
+        assert batch.weights[prop].tolist() == pytest.approx(expected)
     row = loader_store.rows(split="train", fidelity="hf")[0]
-    batch = collate(
-        loader_store, [row, row], [0, 1], LOADER_TABLE, [PROPERTIES] * 2, LOADER_CUTOFF, weights={(0, "energy"): 7.0}
-    )
-    assert batch.weights["energy"].tolist() == [7.0, 1.0]
-    assert batch.weights["forces"].tolist() == [1.0, 1.0]
-    assert batch.labels["energy"][0] == loader_store.frame(int(row)).labels["hf", "energy"]
+    both = collate(loader_store, [row, row], [0, 1], LOADER_TABLE, [PROPERTIES] * 2, LOADER_CUTOFF)
+    assert both.labels["energy"][0] == loader_store.frame(int(row)).labels["hf", "energy"]
 
 
 def test_no_rows_give_the_dummy_batch(loader_store):

@@ -196,6 +196,9 @@ def test_a_key_missing_in_some_frames_is_an_absent_label(write_frames, structure
         ({"numbers": np.array([119, 8, 8, 6])}, "119.*outside 1..118"),
         ({"numbers": np.array([0, 8, 8, 6])}, "outside 1..118"),
         ({"positions": np.full((4, 3), np.nan)}, "positions"),
+        ({"positions": 1e12 * np.eye(4, 3)}, r"positions: 1e\+12 Å at \[0, 0\], farther than"),
+        ({"energy": "-inf"}, r"^energy \(energy\): -inf$"),
+        ({"cell": np.zeros((3, 3))}, r"no cell volume, pbc \[True, True, True\]; give it a cell"),
     ],
 )
 def test_bad_frames_are_rejected_with_place_and_value(write_frames, structures, change, reason):
@@ -232,6 +235,10 @@ def test_unreadable_files(tmp_path, write_frames, structures):
     (tmp_path / "text.xyz").write_text("hello\nworld\n")
     with pytest.raises(InputError, match="frame 0: expected the number of atoms, found 'hello'"):
         list(read(tmp_path / "text.xyz", spec()))
+    for n in (-5, 10**20):
+        (tmp_path / "count.xyz").write_text(f"{n}\n\nH 0 0 0\n")
+        with pytest.raises(InputError, match=f"frame 0: {n} atoms; expected a number from 0 to"):
+            list(read(tmp_path / "count.xyz", spec()))
     (tmp_path / "a.db").write_bytes(os.urandom(4000))
     with pytest.raises(InputError, match="not readable as an ASE database"):
         list(read(tmp_path / "a.db", spec()))

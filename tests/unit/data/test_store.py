@@ -14,7 +14,7 @@ import pytest
 
 from mffm.data.edges import count_edges
 from mffm.data.ingest import ingest
-from mffm.data.layers import add_labels
+from mffm.data.layers import add_labels, warnings
 from mffm.data.neighbors import count
 from mffm.data.store import Store
 from mffm.errors import InputError
@@ -204,6 +204,23 @@ def test_verify_names_the_damaged_file(store, file):
         Store(store.path).verify()
 
 
+def test_verify_reads_edge_counts_and_groups(store):
+    path = count_edges(store.path, 3.0)
+    store.verify()
+    counts = np.load(path)
+    np.save(path, counts + 1)
+    with pytest.raises(InputError, match=r"cutoff-3.npy: damaged; run `mffm edges .* --cutoff 3`"):
+        Store(store.path).verify()
+    np.save(path, counts)
+    groups = store.path / "groups.json"
+    groups.write_text("[]")
+    with pytest.raises(InputError, match=r"groups.json: damaged: 0 names"):
+        Store(store.path).verify()
+    groups.write_text('["a", "b')
+    with pytest.raises(InputError, match=r"groups.json: not valid JSON"):
+        Store(store.path).verify()
+
+
 def test_unknown_schema_version_and_no_store(store, tmp_path):
     manifest = store.path / "manifest.json"
     content = json.loads(manifest.read_text())
@@ -218,7 +235,20 @@ def test_unknown_schema_version_and_no_store(store, tmp_path):
 
 
 def extra_config(data_config, path, **changes):
-    return data_config(path, source_name="cc", source_labels={"ccsdt": {"energy": "energy"}}, **changes)
+    labels = changes.pop("source_labels", {"ccsdt": {"energy": "energy"}})
+    return data_config(path, source_name="cc", source_labels=labels, **changes)
+
+
+def test_units_of_a_layer_are_checked(store, crystals, write_frames, data_config, tmp_path):
+    molecules = [{k: v for k, v in c.items() if k != "stress"} for c in crystals if "cell" not in c]
+    for unit, factor in (("eV", 1.0), ("hartree", 1 / 27.211386)):
+        write_frames("more.extxyz", [m | {"energy": m["energy"] * factor} for m in molecules])
+        config = extra_config(data_config, "more.extxyz")
+        if unit == "eV":
+            assert not warnings(store.path, config)
+            continue
+        add_labels(store.path, config, tmp_path, unit)
+        assert "look like Hartree read as eV" in " ".join(warnings(store.path, config))
 
 
 @pytest.mark.parametrize("by", ["key", "geometry"])
@@ -250,8 +280,16 @@ def test_a_layer_is_added_and_changes_nothing_old(store, crystals, write_frames,
 def test_faults_of_a_layer(store, crystals, write_frames, data_config, tmp_path):
     write_frames("more.extxyz", crystals[:3])
     config = extra_config(data_config, "more.extxyz")
-    with pytest.raises(InputError, match="layers: set"):
+    with pytest.raises(InputError, match="has a layer 'set' already; layers: set"):
         add_labels(store.path, config, tmp_path, "set")
+    with pytest.raises(InputError, match="layer 'a/b': not a name"):
+        add_labels(store.path, config, tmp_path, "a/b")
+    keys = extra_config(data_config, "more.extxyz", source_labels={"ccsdt": {"energy": "energy", "forces": "force"}})
+    with pytest.raises(InputError, match=r"no frame has the key 'force' \(labels.ccsdt.forces.*keys found: .*energy"):
+        add_labels(store.path, keys, tmp_path, "new")
+    (tmp_path / "empty.extxyz").write_text("")
+    with pytest.raises(InputError, match=r"empty.extxyz: no frames"):
+        add_labels(store.path, extra_config(data_config, "empty.extxyz"), tmp_path, "new")
     other = extra_config(data_config, "more.extxyz", fidelities={"ccsdt": {"level_of_theory": "HF"}})
     with pytest.raises(InputError, match="'HF' here"):
         add_labels(store.path, other, tmp_path, "new")

@@ -1,5 +1,6 @@
 """The ASE calculator: finite differences, units, dtypes, and errors that list what is known."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -90,3 +91,35 @@ def test_one_atom_and_no_stress_without_a_cell(tiny_release: Path):
     assert np.isfinite(atoms.get_potential_energy())
     assert (atoms.get_forces() == 0).all()
     assert "stress" not in atoms.calc.results
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda a: a.positions.__setitem__(1, a.positions[0]), r"not finite: atoms 0 and 1 are 0 Å apart"),
+        (lambda a: a.positions.__setitem__(1, np.nan), r"position nan Å of atom 1 along x"),
+        (lambda a: a.positions.__setitem__(1, 1e9), r"position 1e\+09 Å of atom 1 along x.*within 1e\+06"),
+        (
+            lambda a: a.numbers.__setitem__(0, 119),
+            r"element with atomic number 119 is unknown.*known elements: H C N O",
+        ),
+        (lambda a: a.numbers.__setitem__(0, -1), r"element with atomic number -1 is unknown"),
+        (lambda a: a.numbers.__setitem__(0, 0), r"element X is unknown"),
+        (lambda a: a.__delitem__(slice(None)), r"the structure has no atoms"),
+        (lambda a: a.set_pbc(True), r"the cell has no volume"),
+        (lambda a: a.set_pbc([False, False, True]), r"does not span the periodic directions"),
+    ],
+)
+def test_a_structure_that_cannot_be_calculated(tiny_release: Path, change: Callable[[Atoms], None], message: str):
+    atoms = molecule("CH4")
+    atoms.calc = Calculator(tiny_release, fidelity="pbe")
+    assert np.isfinite(atoms.get_potential_energy())
+    change(atoms)
+    with pytest.raises(InputError, match=message):
+        atoms.get_potential_energy()
+
+
+@pytest.mark.parametrize("device", ["banana", "cuda:99"])
+def test_a_device_that_is_not_there(tiny_release: Path, device: str):
+    with pytest.raises(InputError, match=f"device '{device}' cannot be used"):
+        Calculator(tiny_release, fidelity="pbe", device=device)

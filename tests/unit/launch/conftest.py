@@ -1,0 +1,57 @@
+"""Stand-ins: programs of SLURM as shell scripts, and an ``mffm`` that only sleeps, dies or saves."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+STAND_IN = """
+import os, pathlib, signal, sys, time
+rank, folder = int(os.environ["RANK"]), pathlib.Path(sys.argv[2])
+print("stand-in", sys.argv[1], "rank", rank, "of", os.environ["WORLD_SIZE"], os.environ["MASTER_ADDR"], flush=True)
+if sys.argv[1] == "resume":
+    sys.exit(0)
+folder = folder.parent
+{body}
+"""
+
+
+@pytest.fixture
+def program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str], None]:
+    """Return a function that puts a shell script of a name in front of PATH."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
+
+    def make(name: str, body: str) -> None:
+        path = folder / name
+        path.write_text(f"#!/bin/sh\n{body}\n")
+        path.chmod(0o755)
+
+    return make
+
+
+@pytest.fixture
+def slurm_programs(program: Callable[[str, str], None], tmp_path: Path) -> Path:
+    """A SLURM that numbers jobs from 8, keeps the scripts it was given and forgets every job; return its folder."""
+    folder = tmp_path / "jobs"
+    folder.mkdir()
+    program("sbatch", f'n=$(ls {folder} | wc -l); n=$((n + 8)); cp "$1" {folder}/$n.sh; echo Submitted batch job $n')
+    for name in ("srun", "scontrol", "sacct", "squeue"):
+        program(name, "exit 1")
+    return folder
+
+
+@pytest.fixture
+def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Return a function that replaces ``python -m mffm`` in the working directory by a script."""
+
+    def make(body: str) -> None:
+        package = tmp_path / "work" / "mffm"
+        package.mkdir(parents=True)
+        (package / "__init__.py").touch()
+        (package / "__main__.py").write_text(STAND_IN.format(body=body))
+        monkeypatch.chdir(tmp_path / "work")
+
+    return make
