@@ -1,4 +1,4 @@
-"""The state of SLURM jobs, with or without accounting: sacct, else scontrol, else squeue; and a wait that ends."""
+"""The state of SLURM jobs, with or without accounting: scontrol, else sacct, else squeue; and a wait that ends."""
 
 import re
 import subprocess
@@ -17,8 +17,8 @@ UNKNOWN = "UNKNOWN"
 def slurm_state(job_id: str) -> str:
     """Return SLURM's state of a job (``12``) or of a task of an array (``12_0``), UNKNOWN where nobody knows it.
 
-    sacct answers only on clusters with accounting. scontrol knows every job for some minutes after its end
-    (``MinJobAge``), squeue likewise.
+    scontrol and squeue know a job until some minutes after its end (``MinJobAge``); sacct for ever, but only on
+    clusters with accounting.
     """
     for ask in (_scontrol, _sacct, _squeue):
         state = ask(job_id)

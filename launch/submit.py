@@ -1,5 +1,6 @@
 """Submit a recipe: ``python -m launch.submit RECIPE --cluster configs/clusters/local.yaml [key.key=value ...]``."""
 
+import os
 import subprocess
 import sys
 import time
@@ -47,7 +48,8 @@ def submit(
     """
     if cluster.executor == "local" and (seeds or after):
         raise InputError("executor local has no queue: --seeds and --after need executor: slurm")
-    base = Path(recipe.run_folder).resolve()
+    recipe = with_absolute_paths(recipe)
+    base = Path(recipe.run_folder)
     if seeds:
         runs = [
             recipe.model_copy(
@@ -61,7 +63,7 @@ def submit(
             for seed in dict.fromkeys(seeds)
         ]
     else:
-        runs = [recipe.model_copy(update={"run": str(base)})]
+        runs = [recipe]
     for run in runs:
         check_folder(run, after)
     folders = [prepare_folder(run, cluster) for run in runs]
@@ -148,6 +150,18 @@ def slurm_parameters(cluster: ClusterConfig, after: str | None) -> dict[str, Any
     return {**parameters, "slurm_additional_parameters": extra, **given}
 
 
+def with_absolute_paths(recipe: Recipe) -> Recipe:
+    """Return the recipe with absolute paths: a job may start in another folder."""
+    store = str(Path(recipe.data.store).resolve())
+    update: dict[str, Any] = {
+        "run": str(Path(recipe.run_folder).resolve()),
+        "data": recipe.data.model_copy(update={"store": store}),
+    }
+    if recipe.start_from is not None:
+        update["start_from"] = str(Path(recipe.start_from).resolve())
+    return recipe.model_copy(update=update)
+
+
 def check_folder(recipe: Recipe, after: str | None = None) -> None:
     """Refuse a folder whose run is another one, or is under way.
 
@@ -163,18 +177,28 @@ def check_folder(recipe: Recipe, after: str | None = None) -> None:
         state = slurm_state(job_id)
         if state not in TERMINAL and state != UNKNOWN:
             raise InputError(f"{folder}: job {job_id} of this run is {state}; end it first: scancel {job_id}")
-    if job.get("executor") == "local" and records.is_alive(folder):
+    if job.get("executor") == "local" and records.is_alive(folder) and _is_process(job_id):
         raise InputError(f"{folder}: a local job of this run is running: process {job_id}")
     if not (folder / "checkpoints" / "latest").is_file():
         return
-    have = _leaves(load(Recipe, folder / "recipe.yaml"))
+    have = _leaves(with_absolute_paths(load(Recipe, folder / "recipe.yaml")))
     for name, value in _leaves(recipe).items():
         # None: chosen and pinned when the run started
-        if value is not None and name not in ("run", "data.store") and have.get(name) != value:
+        if value is not None and name != "run" and have.get(name) != value:
             raise InputError(
                 f"{folder}: holds a run with {name}={have.get(name)!r}, not {value!r}. Give another folder with "
                 f"run=..., or go on with that run: python -m launch.submit {folder} --cluster ..."
             )
+
+
+def _is_process(pid: str) -> bool:
+    try:
+        os.kill(int(pid), 0)
+    except ProcessLookupError:
+        return False
+    except (OSError, ValueError):
+        return True
+    return True
 
 
 def _leaves(config: Schema) -> dict[str, Any]:
@@ -190,11 +214,9 @@ def prepare_folder(recipe: Recipe, cluster: ClusterConfig) -> Path:
     """Write the resolved recipe, the cluster's YAML and the version of the code into the run's folder."""
     folder = Path(recipe.run_folder)
     folder.mkdir(parents=True, exist_ok=True)
-    store = str(Path(recipe.data.store).resolve())
-    update: dict[str, Any] = {"data": recipe.data.model_copy(update={"store": store})}
-    if recipe.start_from and Path(recipe.start_from).exists():
-        update["start_from"] = str(Path(recipe.start_from).resolve())
-    (folder / "submitted.yaml").write_text(dump(recipe.model_copy(update=update)))
+    if not (folder / "checkpoints" / "latest").is_file():
+        (folder / "status.json").unlink(missing_ok=True)  # of a run whose checkpoints were removed
+    (folder / "submitted.yaml").write_text(dump(recipe))
     (folder / "cluster.yaml").write_text(dump(cluster))
     version, diff = code_version()
     records.write_json(folder / "code.json", version)

@@ -77,9 +77,12 @@ class Training:
             how = "saved" if code == EXIT_INTERRUPTED else f"did not save in time ({ending(code)})"
             print(f"rank {rank}: asked to stop, {how}", file=sys.stderr, flush=True)
             _leave(task, folder, start, asked, requeue)
-        report = write_report(folder, start, rank, task.num_tasks, code, log, offset)
+        others = records.failures(folder, start)
         if rank == 0:
             records.write_status(folder, "failed")
+        if others and task.cluster == "local":  # this rank was ended because of another one
+            raise RuntimeError(others[0].read_text())
+        report = write_report(folder, start, rank, task.num_tasks, code, log, offset)
         raise RuntimeError(report)
 
     def _train(self, task: "submitit.JobEnvironment", asked: set[int], start: str) -> tuple[int, Path, int]:
@@ -245,8 +248,10 @@ def _leave(task: "submitit.JobEnvironment", folder: Path, start: str, asked: set
         records.write_status(folder, "requeued")
         try:
             requeue(signal.SIGUSR2, None)  # submitit: writes the pickle, scontrol requeue, SystemExit
-        except Exception:
+        except Exception as error:
             records.write_status(folder, "stopped")
+            again = f"python -m launch.submit {folder} --cluster <the same YAML>"
+            print(f"saved, but could not requeue: {error}\ngo on with: {again}", file=sys.stderr, flush=True)
             raise
     elif not is_local:  # submitit's local executor starts again when all tasks have ended
         time.sleep(max(0.0, deadline - time.monotonic()))

@@ -132,7 +132,7 @@ def plot(results: Mapping[str, Mapping[str, parity.Evaluation]]) -> None:
                 lines[title] = ([s for s, _ in found], [v for _, v in found])
             else:  # a low fidelity does not measure itself on the high one
                 lines[title] = ([0], [error(results["val"][arm], prop)])
-        curves[f"{HIGH} {prop} MAE on validation frames, {unit}"] = lines
+        curves[f"{HIGH} {prop} MAE, validation, {unit}"] = lines
     panels = [
         (f"multi-fidelity, test, {t}", unit, x, y) for t, unit, x, y in results["test"]["multi_fidelity"].panels()
     ]

@@ -29,11 +29,13 @@ def read_yaml(path: Path | str) -> dict[str, Any]:
     if not path.is_file():
         raise InputError(f"{path}: no such file")
     try:
-        content = yaml.safe_load(path.read_text())
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not a UTF-8 text file ({error.reason} at byte {error.start})") from error
     except yaml.YAMLError as error:
         raise InputError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
-        raise InputError(f"{path}: expected a mapping of keys to values, found {type(content).__name__}")
+        raise InputError(f"{path}: expected a mapping of keys to values, found {'an empty file' if content is None else type(content).__name__}")
     return content
 
 

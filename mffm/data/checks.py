@@ -1,4 +1,4 @@
-"""One set of checks for ingest, the doctor and the studies.
+"""One set of checks for ingest and whatever looks at data later.
 
 Checks of a frame say why it must be left out (a reason with the value, or ""). Checks of a set cannot be certain, so
 they give a ``Finding`` with its evidence: units, signs, outliers, leaks between splits.

@@ -9,10 +9,12 @@ import pytest
 STAND_IN = """
 import os, pathlib, signal, sys, time
 rank, folder = int(os.environ["RANK"]), pathlib.Path(sys.argv[2])
+folder = folder if sys.argv[1] == "resume" else folder.parent
 print("stand-in", sys.argv[1], "rank", rank, "of", os.environ["WORLD_SIZE"], os.environ["MASTER_ADDR"], flush=True)
+(folder / f"{sys.argv[1]}-{rank}").touch()
+while len(list(folder.glob(f"{sys.argv[1]}-*"))) < int(os.environ["WORLD_SIZE"]): time.sleep(0.05)  # as a rendezvous
 if sys.argv[1] == "resume":
     sys.exit(0)
-folder = folder.parent
 {body}
 """
 
@@ -51,7 +53,7 @@ def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str],
         package = tmp_path / "work" / "mffm"
         package.mkdir(parents=True)
         (package / "__init__.py").touch()
-        (package / "__main__.py").write_text(STAND_IN.format(body=body))
+        (package / "__main__.py").write_text(STAND_IN.replace("{body}", body))
         monkeypatch.chdir(tmp_path / "work")
 
     return make

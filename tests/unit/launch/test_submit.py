@@ -1,6 +1,7 @@
 """Submitting: what is written, what SLURM is told, what is refused; two ranks through submitit's local executor."""
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -113,6 +114,22 @@ def test_a_run_under_way_is_not_submitted_again(
     with pytest.raises(InputError, match="job 9 of this run is RUNNING; end it first: scancel 9"):
         submit(recipe, cluster(**SLURM))
     submit(recipe, cluster(**SLURM), after="9")  # a chain on the same run
+
+
+def test_a_local_run_under_way_and_what_a_removed_one_leaves(make_recipe: Callable[..., Path], slurm_programs: Path):
+    recipe = load(Recipe, make_recipe())
+    (one,) = submit(recipe, cluster(**SLURM))
+    records.write_json(one.folder / "job.json", {"job_id": str(os.getpid()), "executor": "local"})
+    records.write_status(one.folder, "running")
+    with pytest.raises(InputError, match=f"running: process {os.getpid()}"):
+        submit(recipe, cluster(**SLURM))
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    records.write_json(one.folder / "job.json", {"job_id": str(ended.pid), "executor": "local"})
+    submit(recipe, cluster(**SLURM))  # its process has ended
+    records.write_status(one.folder, "finished")
+    submit(recipe, cluster(**SLURM))
+    assert records.status(one.folder) == {}  # there is no checkpoint, so it is a new run and not a finished one
 
 
 def test_refusals_of_the_scheduler_are_one_message(

@@ -3,7 +3,6 @@
 import os
 import re
 import signal
-import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -108,6 +107,4 @@ def test_names(program: Callable[[str, str], None]):
     assert 20000 <= master_port("123456789") < 32000
     assert resolvable("localhost") == "localhost"
     program("scontrol", 'echo "NodeName=$5 Arch=x86_64 NodeAddr=10.1.2.3 Version=22"')
-    with pytest.raises(OSError, match="not known|failure|resolution"):
-        socket.getaddrinfo("no-such-node.invalid", None)
     assert resolvable("no-such-node.invalid") == "10.1.2.3"
