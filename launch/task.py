@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     import submitit
 
 EXIT_INTERRUPTED = 75  # of `mffm train` and `mffm resume`: saved, to be resumed
-RESEND_SECONDS = 2.0  # until mffm has its handlers, which it installs some seconds after its start
+RESEND_SECONDS = 0.4  # until mffm has its handlers, which it installs some seconds after its start
 KILLED_WITHIN_SECONDS = 600.0  # after a requeue SLURM kills the waiting ranks in seconds
 REPORT_LINES = 30
 

@@ -105,7 +105,9 @@ class _Shards:
         record = self.transaction(shard).get(row.to_bytes(8, "big"))
         if record is None:
             path = self.folder / self.entries[shard]["file"]
-            raise InputError(f"{path}: row {row} is not in the shard; find what is damaged with `mffm verify`, or ingest again")
+            raise InputError(
+                f"{path}: row {row} is not in the shard; find what is damaged with `mffm verify`, or ingest again"
+            )
         return record
 
 

@@ -24,6 +24,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from mffm.config.recipe import LogSection
 from mffm.errors import InputError
+from mffm.release import write_text
 
 if TYPE_CHECKING:
     from mffm.release import PotentialSpec
@@ -312,10 +313,11 @@ class RunLog:
             self.console.print(text, highlight=False, soft_wrap=True)
 
 
-def wandb_mode() -> Literal["online", "offline"]:
+def wandb_mode() -> Literal["online", "offline", "disabled"]:
     """Return what ``auto`` means here: WANDB_MODE where it is set; online with a key or a netrc entry; else offline."""
-    if os.environ.get("WANDB_MODE") in ("online", "offline"):
-        return "online" if os.environ["WANDB_MODE"] == "online" else "offline"
+    for mode in ("online", "offline", "disabled"):
+        if os.environ.get("WANDB_MODE") == mode:
+            return mode
     if os.environ.get("WANDB_API_KEY"):
         return "online"
     host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
@@ -344,4 +346,4 @@ def _truncate(path: Path, step: int) -> None:
             break  # the line that a kill cut off
         if row["step"] <= step:
             kept.append(line)
-    path.write_text("".join(line + "\n" for line in kept))
+    write_text(path, "".join(line + "\n" for line in kept))

@@ -23,9 +23,9 @@ from mffm.data.loader import Loader
 from mffm.data.plan import Cursor, StepPlan
 from mffm.errors import InputError, known
 from mffm.optim import MovingAverage, adamw, learning_rate
-from mffm.release import PotentialSpec, write_json, write_text, write_weights
+from mffm.release import PotentialSpec, code_version, write_json, write_text, write_weights
 from mffm.training import checkpoint
-from mffm.training.log import RunLog
+from mffm.training.log import RunLog, run_facts
 from mffm.training.quarantine import LossWatch, SickStepError, write_bundle
 from mffm.training.setup import Setup, Trainee, deepspeed_config, prepare
 from mffm.training.state import TrainState
@@ -107,6 +107,9 @@ def _run(recipe: Recipe, run: Path, resume: bool) -> Outcome:
         recipe.model_dump(mode="json"),
         state.wandb_id,
         ranks.is_main,
+        facts=run_facts(
+            setup.spec, code_version(), n_parameters=setup.potential.n_parameters, world_size=ranks.world_size
+        ),
     )
     with log, loader, _interrupt_flag() as interrupted:
         state.wandb_id = log.wandb_id
@@ -150,6 +153,7 @@ def _run(recipe: Recipe, run: Path, resume: bool) -> Outcome:
         if ranks.is_main:
             write_weights(run / "weights" / "last.safetensors", ema.weights)
             write_weights(run / "weights" / "raw.safetensors", dict(module.named_parameters()))
+        log.ended(ended)
         log.say(f"{ended} at step {state.step}")
     distributed.barrier()
     return Outcome(run, state.step, ended, state.best)

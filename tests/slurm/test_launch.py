@@ -21,7 +21,7 @@ pytestmark = [pytest.mark.slurm, pytest.mark.timeout(150), pytest.mark.usefixtur
 
 ROOT = Path(__file__).parents[2]
 CLUSTER = ROOT / "configs" / "clusters" / "slurm_local.yaml"
-STEPS = 60
+STEPS = 150  # seconds, for the warning to come in between
 JOB_SECONDS = 100.0  # a job that takes longer fails the test; alone on two cores it takes 15
 
 
@@ -38,7 +38,7 @@ class Submit:
 
     def __call__(self, run: str, *options: str, steps: int = STEPS) -> list[str]:
         content = self.recipe(self.store, self.folder / run)
-        content["train"] |= {"steps": steps, "validate_every": 20, "save_every": 20}
+        content["train"] |= {"steps": steps, "validate_every": 50, "save_every": 50}
         path = self.folder / f"{run}.yaml"
         path.write_text(yaml.safe_dump(content))
         command = [sys.executable, "-m", "launch.submit", str(path), "--cluster", str(CLUSTER), *options]
