@@ -35,9 +35,8 @@ def read_yaml(path: Path | str) -> dict[str, Any]:
     except yaml.YAMLError as error:
         raise InputError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
-        raise InputError(
-            f"{path}: expected a mapping of keys to values, found {'an empty file' if content is None else type(content).__name__}"
-        )
+        found = "an empty file" if content is None else type(content).__name__
+        raise InputError(f"{path}: expected a mapping of keys to values, found {found}")
     return content
 
 
