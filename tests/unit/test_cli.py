@@ -67,6 +67,8 @@ def test_yaml_that_is_not_utf8(tmp_path: Path):
 
 def test_full_disk_without_a_file_name_says_what_to_do(capsys: pytest.CaptureFixture[str], monkeypatch):
     import errno
+import shutil
+import contextlib
 
     from mffm import cli
 
@@ -85,17 +87,24 @@ def test_interrupted_ingest_says_how_to_go_on(tmp_path: Path, workers: int):
     root = Path(__file__).parents[2]
     store = tmp_path / "store"
     arguments = ["ingest", str(root / "configs/data/molecules.yaml"), "--store", str(store), f"workers={workers}"]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "mffm", *arguments, "shard_frames=20"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    while not (store / "staging.lmdb").is_file() and process.poll() is None:
-        time.sleep(0.01)
-    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the workers too
-    _, err = process.communicate(timeout=60)
+    for _ in range(5):  # the ingest takes half a second: the signal may come after its end
+        shutil.rmtree(store, ignore_errors=True)
+        process = subprocess.Popen(
+            [sys.executable, "-m", "mffm", *arguments, "shard_frames=20"],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+            # a shell that runs the tests in the background has them ignore SIGINT, and children inherit that
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        )
+        while not (store / "staging.lmdb").is_file() and process.poll() is None:
+            time.sleep(0.003)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the workers too
+        _, err = process.communicate(timeout=60)
+        if process.returncode == 130:
+            break
     assert process.returncode == 130
     assert err.splitlines()[-1] == "interrupted; give the same command again to go on where it stopped"
     assert mffm(*arguments, "shard_frames=20").returncode == 0
