@@ -1,8 +1,10 @@
 """The command line: quick to start, and one message with exit code 2 for bad input."""
 
+import contextlib
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -67,8 +69,6 @@ def test_yaml_that_is_not_utf8(tmp_path: Path):
 
 def test_full_disk_without_a_file_name_says_what_to_do(capsys: pytest.CaptureFixture[str], monkeypatch):
     import errno
-import shutil
-import contextlib
 
     from mffm import cli
 
