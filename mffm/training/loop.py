@@ -86,31 +86,12 @@ def _run(recipe: Recipe, run: Path, resume: bool) -> Outcome:
     state = TrainState(0, setup.plan.start().to_dict(), setup.plan.fingerprint, ranks.world_size)
     if saved is not None:
         state = _restore(saved[0], saved[1], setup, engine, ema, ranks.world_size)
-    plan_config = recipe.data.plan
-    validator = Validator(
-        setup.store, setup.fidelities, recipe.data.validation_split, recipe.data.validation_max_frames,
-        recipe.model.backbone.cutoff, plan_config.edges_per_microbatch or plan_config.edge_budget, setup.loss,
-        set(setup.used), table, ranks,
-    )  # fmt: skip
-    if recipe.train.best not in validator.names:
-        raise InputError(f"train.best: no metric {recipe.train.best!r}; this run measures: {known(validator.names)}")
+    validator = _validator(setup, table, ranks)
     loader = Loader(
         setup.store, setup.plan, setup.fidelities, recipe.model.backbone.cutoff, Cursor.from_dict(state.cursor),
         rank=ranks.rank, world_size=ranks.world_size, last_step=recipe.train.steps,
     )  # fmt: skip
-    log = RunLog(
-        run,
-        recipe.log,
-        recipe.train.steps,
-        state.step,
-        recipe.name,
-        recipe.model_dump(mode="json"),
-        state.wandb_id,
-        ranks.is_main,
-        facts=run_facts(
-            setup.spec, code_version(), n_parameters=setup.potential.n_parameters, world_size=ranks.world_size
-        ),
-    )
+    log = _open_log(run, setup, state, ranks)
     with log, loader, _interrupt_flag() as interrupted:
         state.wandb_id = log.wandb_id
         _say_start(log, setup, ranks, n_microbatches)
@@ -131,16 +112,8 @@ def _run(recipe: Recipe, run: Path, resume: bool) -> Outcome:
             last = state.step == recipe.train.steps
             stop = distributed.any_rank(interrupted(), device)
             if state.step % recipe.train.log_every == 0 or last:
-                _log_step(
-                    log,
-                    setup,
-                    plan,
-                    state.step,
-                    parts,
-                    lr,
-                    norm,
-                    time.perf_counter() - started,
-                )
+                seconds = time.perf_counter() - started
+                _log_step(log, setup, plan, state.step, parts, lr, norm, seconds)
             if state.step % recipe.train.validate_every == 0 or last:
                 evaluated.load_state_dict(ema.weights)
                 _keep_best(run, validator(evaluated), state, evaluated, recipe, log, ranks)
@@ -157,6 +130,27 @@ def _run(recipe: Recipe, run: Path, resume: bool) -> Outcome:
         log.say(f"{ended} at step {state.step}")
     distributed.barrier()
     return Outcome(run, state.step, ended, state.best)
+
+
+def _validator(setup: Setup, table: torch.Tensor, ranks: distributed.Ranks) -> Validator:
+    recipe, plan = setup.recipe, setup.recipe.data.plan
+    validator = Validator(
+        setup.store, setup.fidelities, recipe.data.validation_split, recipe.data.validation_max_frames,
+        recipe.model.backbone.cutoff, plan.edges_per_microbatch or plan.edge_budget, setup.loss, set(setup.used), table,
+        ranks,
+    )  # fmt: skip
+    if recipe.train.best not in validator.names:
+        raise InputError(f"train.best: no metric {recipe.train.best!r}; this run measures: {known(validator.names)}")
+    return validator
+
+
+def _open_log(run: Path, setup: Setup, state: TrainState, ranks: distributed.Ranks) -> RunLog:
+    recipe = setup.recipe
+    versions = {"n_parameters": setup.potential.n_parameters, "world_size": ranks.world_size}
+    return RunLog(
+        run, recipe.log, recipe.train.steps, state.step, recipe.name, recipe.model_dump(mode="json"), state.wandb_id,
+        ranks.is_main, facts=run_facts(setup.spec, code_version(), **versions),
+    )  # fmt: skip
 
 
 def train_step(
