@@ -203,13 +203,6 @@ def write_json(path: Path, content: Any) -> None:
     publish(temporary, path)
 
 
-def write_array(path: Path, array: np.ndarray) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
-        np.save(file, array, allow_pickle=False)
-    publish(temporary, path)
-
-
 def write_shard(path: Path, records: Iterable[tuple[int, bytes]]) -> dict[str, Any]:
     """Write (row, record) pairs, rows ascending, as one LMDB file, aside first; return its entry for the manifest.
 

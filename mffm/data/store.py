@@ -147,11 +147,6 @@ class Layer:
         at = np.minimum(np.searchsorted(self.rows, rows), max(len(self.rows) - 1, 0))
         return np.where(self.rows[at] == rows, at, -1) if len(self.rows) else np.full(len(rows), -1)
 
-    def with_bit(self, fidelity: str, prop: Property) -> np.ndarray:
-        """Return the rows that have a label of (fidelity, property) here."""
-        mask = np.uint64(1 << records.bit(self.fidelities.index(fidelity), prop))
-        return np.asarray(self.rows[(self.present & mask) != 0])
-
     def record(self, row: int) -> memoryview:
         shard = 0 if len(self._starts) == 1 else int(self.shard_starts.searchsorted(row, "right")) - 1
         return self.shards.get(shard, row)

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -66,20 +65,6 @@ class Potential(nn.Module):
     @property
     def n_parameters(self) -> int:
         return sum(p.numel() for p in self.parameters())
-
-    def hyperparameters(self) -> dict[str, Any]:
-        """Return, JSON-able, what ``from_hyperparameters`` needs besides the state dict."""
-        return {
-            "config": self.config.model_dump(mode="json"),
-            "fidelities": list(self.fidelities),
-            "avg_neighbors": self.avg_neighbors,
-            "scale": self.scale,
-        }
-
-    @classmethod
-    def from_hyperparameters(cls, saved: Mapping[str, Any]) -> "Potential":
-        config = ModelConfig.model_validate(saved["config"])
-        return cls(config, saved["fidelities"], saved["avg_neighbors"], saved["scale"])
 
     def forward(self, batch: Batch, forces: bool = True, stress: bool = False) -> Prediction:
         """Return the predictions for a batch.

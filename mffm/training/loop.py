@@ -1,6 +1,5 @@
 """The training loop: build → restore → step, validate, save → final save. One loop, top to bottom."""
 
-import json
 import logging
 import math
 import os
@@ -332,8 +331,3 @@ def _interrupt_flag() -> Iterator[Any]:
     finally:
         for s, old in before.items():
             signal.signal(s, old)
-
-
-def read_metrics(run: Path | str) -> list[dict[str, float]]:
-    """Return the rows of a run's metrics.jsonl."""
-    return [json.loads(line) for line in (Path(run) / "metrics.jsonl").read_text().splitlines()]

@@ -147,9 +147,9 @@ def test_refused_batches_and_names(kit: SimpleNamespace) -> None:
         Potential(kit.config("default", "none", "delta"), ["hf"], 6.0, 1.0)
 
 
-def test_hyperparameters_restore_the_potential(kit: SimpleNamespace) -> None:
+def test_its_arguments_and_weights_restore_the_potential(kit: SimpleNamespace) -> None:
     old = kit.potential("default", "film", "delta")
-    new = Potential.from_hyperparameters(old.hyperparameters()).double()
+    new = Potential(old.config, old.fidelities, old.avg_neighbors, old.scale).double()
     new.load_state_dict(old.state_dict())
     assert new.scale == 1.3
     assert torch.equal(energies(new, kit, "pbe"), energies(old, kit, "pbe"))
@@ -159,7 +159,7 @@ def test_hyperparameters_restore_the_potential(kit: SimpleNamespace) -> None:
 def test_bfloat16_weights_keep_the_geometry(kit: SimpleNamespace) -> None:
     """An engine in bf16 casts the module: geometry and energy sums stay in float32 and float64."""
     exact = kit.potential("default", "onehot", "delta")
-    half = Potential.from_hyperparameters(exact.hyperparameters())
+    half = Potential(exact.config, exact.fidelities, exact.avg_neighbors, exact.scale)
     half.load_state_dict(exact.state_dict())
     half = half.bfloat16().eval()
     assert not list(half.buffers())
