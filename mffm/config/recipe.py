@@ -140,6 +140,14 @@ class TrainSection(Schema):
         description="a loss of so many times the median of the last 100 steps stops the run; one not finite always",
     )
     threads: int | None = Field(None, ge=1, description="CPU threads of a rank; None: torch's default")
+    precision: Literal["float32", "tf32", "bfloat16"] = Field(
+        "float32",
+        description="of the matrix products in training. tf32: all of them on a GPU that has it; bfloat16: the dense "
+        "products on atoms. Weights, gradients, geometry, densities, heads and energies stay float32 in either",
+    )
+    activation_checkpointing: bool = Field(
+        False, description="keep only each layer's inputs and compute the rest again: a fraction of the memory"
+    )
     log_every: int = Field(20, ge=1)
 
 

@@ -20,6 +20,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn import functional as F
 
 from mffm.batch import Batch
@@ -27,6 +28,7 @@ from mffm.config.model import DensityConfig
 from mffm.keys import N_ELEMENTS
 from mffm.models.angular import Constant, coupling, natural_paths, spherical_harmonics
 from mffm.models.contraction import Bilinear, Square, gather_senders
+from mffm.models.recompute import recomputed
 
 # Root mean square of silu(x) for x ~ N(0, 1) is 1 / 1.679: weights behind a silu start larger by this factor.
 SILU_GAIN = 1.679
@@ -46,11 +48,13 @@ class Backbone(Protocol):
         n_features: width of the output.
         cutoff: Å; an edge of this length has no effect.
         sites: name → width of the places where scalars accept a scale and a shift; "output" is the last.
+        recompute: keep no activations in training, compute them again (activation checkpointing).
     """
 
     n_features: int
     cutoff: float
     sites: dict[str, int]
+    recompute: bool
 
     def __call__(self, batch: Batch, edge_vectors: Tensor, modulations: Mapping[str, Modulation]) -> Tensor:
         """Return invariant features [n_atoms, n_features]; modulations: site → (scale, shift), [n_atoms, width]."""
@@ -58,6 +62,10 @@ class Backbone(Protocol):
 
     def site(self, name: str) -> tuple[nn.Parameter, nn.Parameter]:
         """Return weight [in, width] and bias [width] of the linear map whose output the site is; not of "output"."""
+        ...
+
+    def multiply_in(self, dtype: torch.dtype | None) -> None:
+        """Do the dense products on atoms in another dtype in training; None: in the weights' own."""
         ...
 
 
@@ -104,6 +112,7 @@ class DegreeLinear(nn.Module):
             normal_parameter(i, o, fan_in=i, gain=gain) for i, o in zip(inputs, outputs, strict=True)
         )
         self.bias = nn.Parameter(torch.zeros(outputs[0])) if bias else None
+        self.product_dtype: torch.dtype | None = None  # of the products in training; None: the weights'
 
     def forward(self, x: Sequence[Tensor], onto: Sequence[Tensor] | None = None) -> list[Tensor]:
         """Return the maps of the first ``len(weights)`` degrees of ``x``, added to ``onto`` where given."""
@@ -111,7 +120,11 @@ class DegreeLinear(nn.Module):
         for degree, weight in enumerate(self.weights):
             rows = x[degree].reshape(-1, weight.shape[0])
             bias = self.bias if degree == 0 else None
-            if onto is not None:
+            if self.product_dtype is not None and self.training:
+                y = (rows.to(self.product_dtype) @ weight.to(self.product_dtype)).to(rows.dtype)
+                y = y if bias is None else y + bias
+                y = y if onto is None else y + onto[degree].reshape(-1, weight.shape[1])
+            elif onto is not None:
                 y = torch.addmm(onto[degree].reshape(-1, weight.shape[1]), rows, weight)
                 y = y if bias is None else y + bias
             else:
@@ -321,6 +334,12 @@ class DensityBackbone(nn.Module):
             self.sites[f"{i}.receive"] = config.channels
             self.sites[f"{i}.update"] = layer.feed_forward.width
         self.sites["output"] = self.n_features
+        self.recompute = False
+
+    def multiply_in(self, dtype: torch.dtype | None) -> None:
+        for module in self.modules():
+            if isinstance(module, DegreeLinear):
+                module.product_dtype = dtype
 
     def site(self, name: str) -> tuple[nn.Parameter, nn.Parameter]:
         index, place = name.split(".")
@@ -330,8 +349,12 @@ class DensityBackbone(nn.Module):
         assert linear.bias is not None
         return linear.weights[0], linear.bias
 
-    def edge_basis(self, edge_vectors: Tensor, dtype: torch.dtype) -> EdgeBasis:
-        """Return the basis of the edges [n_atoms, K, 3]; geometry stays in their dtype, the result is in ``dtype``."""
+    def edge_basis(self, edge_vectors: Tensor, dtype: torch.dtype, *trunk: Tensor) -> EdgeBasis:
+        """Return the basis of the edges [n_atoms, K, 3]; geometry stays in their dtype, the result is in ``dtype``.
+
+        Args:
+            trunk: weight and bias of each layer of the radial trunk.
+        """
         n_atoms, k, _ = edge_vectors.shape
         vectors = edge_vectors.reshape(-1, 3)
         r = vectors.square().sum(-1).sqrt()
@@ -339,15 +362,47 @@ class DensityBackbone(nn.Module):
         spherical = spherical_harmonics(vectors / r.unsqueeze(-1), self.config.lmax)
         harmonics = [y.view(n_atoms, k, -1).transpose(1, 2).to(dtype) for y in spherical]
         radial = bessel(x, self.config.n_radial).to(dtype)
-        for weight, bias in zip(self.trunk, self.trunk_bias, strict=True):
+        for weight, bias in zip(trunk[::2], trunk[1::2], strict=True):
             radial = F.silu(torch.addmm(bias, radial, weight))
         return EdgeBasis(harmonics, radial * envelope(x, self.config.envelope_power).to(dtype).unsqueeze(-1))
 
     def forward(self, batch: Batch, edge_vectors: Tensor, modulations: Mapping[str, Modulation]) -> Tensor:
         """Return the features [n_atoms, n_features]."""
         elements = self.elements(batch.atomic_numbers)
-        basis = self.edge_basis(edge_vectors, elements.dtype)
+        trunk = [t for pair in zip(self.trunk, self.trunk_bias, strict=True) for t in pair]
         h = [elements.unsqueeze(0)]
-        for i, layer in enumerate(self.layers):
-            h = layer(h, basis, batch, modulations, str(i))
+        if self.recompute and self.training and torch.is_grad_enabled():
+            basis = self._recomputed_basis(edge_vectors, elements.dtype, trunk)
+            for i in range(len(self.layers)):
+                h = self._recomputed_layer(i, h, basis, batch, modulations)
+        else:
+            basis = self.edge_basis(edge_vectors, elements.dtype, *trunk)
+            for i, layer in enumerate(self.layers):
+                h = layer(h, basis, batch, modulations, str(i))
         return modulated(h[0][0], modulations.get("output"))
+
+    def _recomputed_basis(self, edge_vectors: Tensor, dtype: torch.dtype, trunk: Sequence[Tensor]) -> EdgeBasis:
+        def part(edge_vectors: Tensor, *trunk: Tensor) -> tuple[Tensor, ...]:
+            basis = self.edge_basis(edge_vectors, dtype, *trunk)
+            return *basis.harmonics, basis.radial
+
+        *harmonics, radial = recomputed(part, [edge_vectors], trunk)
+        return EdgeBasis(harmonics, radial)
+
+    def _recomputed_layer(
+        self, index: int, h: list[Tensor], basis: EdgeBasis, batch: Batch, modulations: Mapping[str, Modulation]
+    ) -> list[Tensor]:
+        layer = self.layers[index]
+        names, weights = zip(*layer.named_parameters(), strict=True)
+        own = {site: pair for site, pair in modulations.items() if site.startswith(f"{index}.")}
+        n_h, n_basis, n_weights = len(h), len(basis.harmonics), len(weights)
+
+        def part(*tensors: Tensor) -> tuple[Tensor, ...]:
+            features, rest = list(tensors[:n_h]), tensors[n_h:]
+            shared, rest = EdgeBasis(list(rest[:n_basis]), rest[n_basis]), rest[n_basis + 1 :]
+            parameters, flat = dict(zip(names, rest[:n_weights], strict=True)), rest[n_weights:]
+            pairs = dict(zip(own, zip(flat[::2], flat[1::2], strict=True), strict=True))
+            return tuple(functional_call(layer, parameters, (features, shared, batch, pairs, str(index))))
+
+        geometric = [*h, *basis.harmonics, basis.radial]
+        return list(recomputed(part, geometric, [*weights, *(t for pair in own.values() for t in pair)]))

@@ -26,7 +26,7 @@ from mffm.release import PotentialSpec, code_version, write_json, write_text, wr
 from mffm.training import checkpoint
 from mffm.training.log import RunLog, run_facts
 from mffm.training.quarantine import LossWatch, SickStepError, write_bundle
-from mffm.training.setup import Setup, Trainee, deepspeed_config, prepare
+from mffm.training.setup import Setup, Trainee, deepspeed_config, prepare, use_precision
 from mffm.training.state import TrainState
 from mffm.training.validate import Validator
 
@@ -77,6 +77,7 @@ def _run(recipe: Recipe, run: Path, resume: bool) -> Outcome:
     if ranks.is_main:
         _write_run_folder(run, setup, ds_config)
     table = setup.spec.reference_table(device)
+    use_precision(setup.potential, recipe.train)
     trainee = Trainee(setup.potential.to(device), setup.loss, table)
     engine = _engine(trainee, recipe, ds_config)
     module = setup.potential

@@ -10,7 +10,7 @@ from ase.data import chemical_symbols
 from torch import Tensor, nn
 
 from mffm.batch import Batch, reference_energy
-from mffm.config.recipe import Recipe
+from mffm.config.recipe import Recipe, TrainSection
 from mffm.data import references
 from mffm.data.plan import Plan, Pool, build_pools
 from mffm.data.store import Store
@@ -194,6 +194,14 @@ def provenance(recipe: Recipe, store: Store, plan: Plan, base: Loaded | None) ->
     return record
 
 
+def use_precision(potential: Potential, config: TrainSection) -> None:
+    """Set precision and activation checkpointing of the potential's training. tf32 holds for the whole process."""
+    torch.set_float32_matmul_precision("high" if config.precision == "tf32" else "highest")
+    backbone = potential.learned.backbone
+    backbone.multiply_in(torch.bfloat16 if config.precision == "bfloat16" else None)
+    backbone.recompute = config.activation_checkpointing
+
+
 class Trainee(nn.Module):
     """The module given to DeepSpeed: energy, its derivatives and the loss in one forward.
 
@@ -240,8 +248,10 @@ RECIPE_KEYS = {
     "zero_optimization.stage": "deepspeed.zero_stage",
     "optimizer": "optim",
     "scheduler": "optim",
-    "bf16": "nothing yet: training is in float32",
-    "fp16": "nothing: training is in float32",
+    # DeepSpeed casts all weights, and so the functions of distance: no smooth energies. Autocast breaks our Functions.
+    "bf16": "train.precision",
+    "torch_autocast": "train.precision",
+    "fp16": "train.precision, which has no float16: its range is too small for forces and their gradients",
 }
 
 

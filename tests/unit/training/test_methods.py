@@ -22,6 +22,8 @@ METHODS = {
     "embedding": ([LF, HF], "embedding", {"kind": "shared", "hidden": [8]}, {"normalisation": "per_fidelity"}),
     "film": ([LF, HF], "film", {"kind": "independent", "hidden": [8]}, {"normalisation": "expected"}),
 }
+TRAINING = {"activation_checkpointing": {"activation_checkpointing": True}, "bfloat16": {"precision": "bfloat16"}}
+METHODS |= dict.fromkeys(TRAINING, METHODS["sevennet_mf"])
 RUN_ALL = """
 import sys
 from mffm.config.base import load
@@ -48,6 +50,7 @@ def runs(
         recipe["loss"] = loss
         recipe["references"] = {"anchor": pools[0]["fidelity"]} if "energy" in pools[0]["properties"] else {}
         recipe["train"] = {"steps": 10, "validate_every": 5, "save_every": 10, "log_every": 1, "threads": 1}
+        recipe["train"] |= TRAINING.get(name, {})
         recipes.append(folder / f"{name}.yaml")
         recipes[-1].write_text(yaml.safe_dump(recipe))
     done = subprocess.run(
@@ -67,6 +70,15 @@ def test_method_trains(runs: dict[str, Path], name: str):
     assert len(losses) == 10
     validations = [r["val/loss"] for r in rows(runs[name]) if "val/loss" in r]
     assert validations[-1] < validations[0], "ten steps must lower the validation loss"
+
+
+def test_activation_checkpointing_trains_alike_and_bfloat16_nearly(runs: dict[str, Path]):
+    def losses(name: str) -> list[float]:
+        return [r["train/loss"] for r in rows(runs[name]) if "train/loss" in r]
+
+    assert losses("activation_checkpointing") == pytest.approx(losses("sevennet_mf"), rel=1e-4)
+    assert losses("bfloat16") == pytest.approx(losses("sevennet_mf"), rel=0.05)
+    assert losses("bfloat16") != pytest.approx(losses("sevennet_mf"), rel=1e-5)
 
 
 def test_only_the_recipes_labels_are_used(runs: dict[str, Path]):
