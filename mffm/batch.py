@@ -13,20 +13,24 @@ from mffm.keys import Property
 class Batch:
     """Packed systems. A system is one (frame, fidelity), whatever the method.
 
-    Edges are stored padded by receiver: atom ``i`` has up to ``K`` = max neighbors slots, so that a sum over
-    neighbors is a dense sum over ``K`` and needs no atomics. Edge ``(i, k)`` points from receiver ``i`` to sender
-    ``j = neighbors[i, k]``, with ``r_ij = x_j - x_i + shift @ cell``. Unused slots have ``neighbor_mask`` False and a
-    neighbor index of ``i`` itself. Neighbor lists are full: the edge (j → i) has a partner (i → j) at the flat slot
-    ``reverse[i, k]`` (= j * K + k'); unused slots point to themselves.
+    Edges lie in slots, an atom's side by side: a row. Rows of like length are a group and padded to the longest of it,
+    so that a sum over neighbors is a dense sum over ``K`` and needs no atomics: the slots of a group are an array
+    [n_rows, K]. The edge in slot ``s`` points from receiver ``i = receivers[s]`` to sender ``j = neighbors[s]``, with
+    ``r_ij = x_j - x_i + shift @ cell``. Unused slots have ``neighbor_mask`` False and ``i`` itself as neighbor.
+    Neighbor lists are full: the edge (j → i) has a partner (i → j) in slot ``reverse[s]``; unused slots are their own.
 
     Attributes:
         atomic_numbers: [n_atoms] int64.
         positions: [n_atoms, 3] in the model's dtype, Å.
         cell: [n_systems, 3, 3], rows, Å; zeros where there is no cell.
-        neighbors: [n_atoms, K] int64, sender of each edge.
-        neighbor_mask: [n_atoms, K] bool.
-        edge_vectors: [n_atoms, K, 3], Å, r_ij from receiver to sender; unused slots hold (2 * cutoff, 0, 0).
-        reverse: [n_atoms, K] int64, flat slot of the opposite edge.
+        neighbors: [n_slots] int64, sender of each edge.
+        receivers: [n_slots] int64.
+        neighbor_mask: [n_slots] bool.
+        edge_vectors: [n_slots, 3], Å, r_ij from receiver to sender; unused slots hold (2 * cutoff, 0, 0).
+        reverse: [n_slots] int64, slot of the opposite edge.
+        groups: (n_rows, K) of each group; slots are groups after groups, rows after rows.
+        row_of_atom: [n_atoms] int64; atoms themselves stay in the order of their systems.
+        atom_of_row: [n_atoms] int64.
         system_idx: [n_atoms] int64, atom → system.
         fidelity_idx: [n_systems] int64, system → fidelity.
         n_atoms: [n_systems] int64.
@@ -44,9 +48,13 @@ class Batch:
     positions: Tensor
     cell: Tensor
     neighbors: Tensor
+    receivers: Tensor
     neighbor_mask: Tensor
     edge_vectors: Tensor
     reverse: Tensor
+    groups: tuple[tuple[int, int], ...]
+    row_of_atom: Tensor
+    atom_of_row: Tensor
     system_idx: Tensor
     fidelity_idx: Tensor
     n_atoms: Tensor
@@ -70,6 +78,8 @@ class Batch:
         """Return the batch on another device; dtypes stay."""
 
         def move(value: Any) -> Any:
+            if isinstance(value, tuple):
+                return value
             if isinstance(value, dict):
                 return {k: v.to(device, non_blocking=non_blocking) for k, v in value.items()}
             return value.to(device, non_blocking=non_blocking)

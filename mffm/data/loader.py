@@ -60,7 +60,7 @@ def pack(
         senders.append(sender + offset)
         shifts.append(shift)
         vectors.append(vector)
-    neighbors, mask, edge_vectors, reverse = pad(
+    slots = pad(
         np.concatenate(receivers),
         np.concatenate(senders),
         np.concatenate(shifts),
@@ -76,10 +76,14 @@ def pack(
         atomic_numbers=torch.from_numpy(np.concatenate([g[0] for g in geometries]).astype(np.int64)),
         positions=torch.from_numpy(np.concatenate([g[1] for g in geometries]).astype(np.float64)).to(dtype),
         cell=torch.from_numpy(cells).to(dtype),
-        neighbors=torch.from_numpy(neighbors),
-        neighbor_mask=torch.from_numpy(mask),
-        edge_vectors=torch.from_numpy(edge_vectors).to(dtype),
-        reverse=torch.from_numpy(reverse),
+        neighbors=torch.from_numpy(slots.neighbors),
+        receivers=torch.from_numpy(slots.receivers),
+        neighbor_mask=torch.from_numpy(slots.neighbor_mask),
+        edge_vectors=torch.from_numpy(slots.edge_vectors).to(dtype),
+        reverse=torch.from_numpy(slots.reverse),
+        groups=slots.groups,
+        row_of_atom=torch.from_numpy(slots.row_of_atom),
+        atom_of_row=torch.from_numpy(slots.atom_of_row),
         system_idx=torch.from_numpy(np.repeat(np.arange(n_systems), n_atoms)),
         fidelity_idx=torch.from_numpy(np.array(fidelity_idx, np.int64)),
         n_atoms=torch.from_numpy(n_atoms),

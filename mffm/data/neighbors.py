@@ -1,7 +1,7 @@
-"""Neighbor lists: one structure's full list by vesin, and a batch's list padded by receiver (see ``mffm.batch``)."""
+"""Neighbor lists: one structure's full list by vesin, and a batch's list in padded rows (see ``mffm.batch``)."""
 
 import threading
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -108,10 +108,63 @@ def opposite_edges(receiver: np.ndarray, sender: np.ndarray, shift: np.ndarray) 
     return opposite
 
 
+class Slots(NamedTuple):
+    """A full neighbor list in padded rows; the fields are those of ``mffm.batch.Batch``."""
+
+    neighbors: np.ndarray
+    receivers: np.ndarray
+    neighbor_mask: np.ndarray
+    edge_vectors: np.ndarray
+    reverse: np.ndarray
+    groups: tuple[tuple[int, int], ...]
+    row_of_atom: np.ndarray
+    atom_of_row: np.ndarray
+
+
+MAX_GROUPS = 4
+WORTH = 0.95  # a further group must bring the slots below this share: each is a further, smaller matrix product
+
+
+def row_groups(n_neighbors: np.ndarray) -> tuple[tuple[int, int], ...]:
+    """Return the split of rows, sorted by falling length, into groups (n_rows, K) that needs the fewest slots.
+
+    Exact for each number of groups (dynamic programming over the distinct lengths).
+
+    Args:
+        n_neighbors: [n_atoms] int, in any order.
+    """
+    lengths, n_rows = np.unique(np.maximum(n_neighbors, 1), return_counts=True)
+    lengths, n_rows = lengths[::-1], n_rows[::-1]
+    ends = np.concatenate([[0], np.cumsum(n_rows)])
+    n = len(lengths)
+    # slots of a group of the lengths first:last; what is not a group costs more than anything
+    single = np.where(
+        np.arange(n)[:, None] <= np.arange(n),
+        lengths[:, None] * (ends[1:] - ends[:-1, None]),
+        ends[-1] * lengths[0] + 1,
+    )
+    best, cuts = [single[0]], []
+    for _ in range(min(MAX_GROUPS, n) - 1):
+        total = best[-1][:-1, None] + single[1:]  # the last group begins after the length of the row
+        cuts.append(total.argmin(0))
+        best.append(total.min(0))
+    chosen = 0
+    for i in range(1, len(best)):
+        if best[i][-1] < WORTH * best[chosen][-1]:
+            chosen = i
+    last, groups = n - 1, []
+    for i in range(chosen, 0, -1):
+        first = int(cuts[i - 1][last]) + 1
+        groups.append((int(ends[last + 1] - ends[first]), int(lengths[first])))
+        last = first - 1
+    groups.append((int(ends[last + 1]), int(lengths[0])))
+    return tuple(reversed(groups))
+
+
 def pad(
     receiver: np.ndarray, sender: np.ndarray, shift: np.ndarray, vectors: np.ndarray, n_atoms: int, cutoff: float
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Return a full neighbor list padded by receiver: K = max neighbors, at least 1.
+) -> Slots:
+    """Return a full neighbor list in padded rows; an atom without neighbors has a row of one unused slot.
 
     Args:
         receiver, sender: [n_edges] int64, sorted by receiver; indices run over the batch.
@@ -119,29 +172,29 @@ def pad(
         vectors: [n_edges, 3] float, Å.
         n_atoms: atoms of the batch.
         cutoff: Å; unused slots hold the vector (2 * cutoff, 0, 0).
-
-    Returns:
-        neighbors [n_atoms, K] int64, mask [n_atoms, K] bool, edge_vectors [n_atoms, K, 3] in the dtype of ``vectors``
-        and reverse [n_atoms, K] int64, as ``mffm.batch.Batch`` describes them.
     """
     n_edges = len(receiver)
     n_neighbors = np.bincount(receiver, minlength=n_atoms)
-    k = max(1, int(n_neighbors.max(initial=0)))
-    first = np.cumsum(n_neighbors) - n_neighbors
-    slot = receiver * k + (np.arange(n_edges) - first[receiver])
+    groups = row_groups(n_neighbors)
+    atom_of_row = np.arange(n_atoms)
+    if len(groups) > 1:
+        atom_of_row = np.argsort(-n_neighbors, kind="stable")
+    row_of_atom = np.empty(n_atoms, np.int64)
+    row_of_atom[atom_of_row] = np.arange(n_atoms)
+    widths = np.repeat([k for _, k in groups], [n for n, _ in groups])
+    n_slots = int(widths.sum())
+    first_slot = (np.cumsum(widths) - widths)[row_of_atom]
+    first_edge = np.cumsum(n_neighbors) - n_neighbors
+    slot = first_slot[receiver] + (np.arange(n_edges) - first_edge[receiver])
 
-    neighbors = np.repeat(np.arange(n_atoms), k)
-    mask = np.zeros(n_atoms * k, bool)
-    edge_vectors = np.zeros((n_atoms * k, 3), vectors.dtype)
-    reverse = np.arange(n_atoms * k)
+    receivers = np.repeat(atom_of_row, widths)
+    neighbors = receivers.copy()
+    mask = np.zeros(n_slots, bool)
+    edge_vectors = np.zeros((n_slots, 3), vectors.dtype)
+    reverse = np.arange(n_slots)
     edge_vectors[:, 0] = 2 * cutoff
     neighbors[slot] = sender
     mask[slot] = True
     edge_vectors[slot] = vectors
     reverse[slot] = slot[opposite_edges(receiver, sender, shift)]
-    return (
-        neighbors.reshape(n_atoms, k),
-        mask.reshape(n_atoms, k),
-        edge_vectors.reshape(n_atoms, k, 3),
-        reverse.reshape(n_atoms, k),
-    )
+    return Slots(neighbors, receivers, mask, edge_vectors, reverse, groups, row_of_atom, atom_of_row)

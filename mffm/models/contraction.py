@@ -10,51 +10,83 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mffm.batch import Batch
 from mffm.models.angular import Constant
 
 
 class _Gather(torch.autograd.Function):
-    """[n_atoms, C] → [n_atoms * K, C]: the row of each slot's sender."""
+    """[n_atoms, C] → [n_slots, C]: the row of each slot's sender."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, neighbors: Tensor, reverse: Tensor) -> Tensor:
-        ctx.save_for_backward(neighbors, reverse)
-        return x.index_select(0, neighbors.view(-1))
+    def forward(ctx: Any, x: Tensor, batch: Batch) -> Tensor:
+        ctx.batch = batch
+        return x.index_select(0, batch.neighbors)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return _ReverseSum.apply(grad, *ctx.saved_tensors), None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return _ReverseSum.apply(grad, ctx.batch), None
 
 
 class _ReverseSum(torch.autograd.Function):
-    """[n_atoms * K, C] → [n_atoms, C]: the sum over the slots whose sender is the atom; the transpose of ``_Gather``.
+    """[n_slots, C] → [n_atoms, C]: the sum over the slots whose sender is the atom; the transpose of ``_Gather``.
 
-    The slots in which atom j is the sender are the partners of j's own slots, ``reverse[j]``. Unused slots are their
-    own partner and their own sender, so the two are exact transposes with the padding included.
+    The slots in which atom j is the sender are the partners of j's own slots. Unused slots are their own partner and
+    their own sender, so the two are exact transposes with the padding included.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, neighbors: Tensor, reverse: Tensor) -> Tensor:
-        ctx.save_for_backward(neighbors, reverse)
-        n_atoms, k = reverse.shape
-        return x.index_select(0, reverse.view(-1)).view(n_atoms, k, -1).sum(1)
+    def forward(ctx: Any, x: Tensor, batch: Batch) -> Tensor:
+        ctx.batch = batch
+        return _row_sums(x.index_select(0, batch.reverse), batch)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return _Gather.apply(grad, *ctx.saved_tensors), None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return _Gather.apply(grad, ctx.batch), None
 
 
-def gather_senders(x: Tensor, neighbors: Tensor, reverse: Tensor) -> Tensor:
-    """Return the features of each slot's sender: [n_atoms, C] → [n_atoms, K, C]; see ``Batch`` for the indices."""
-    return _Gather.apply(x, neighbors, reverse).view(*neighbors.shape, x.shape[1])
+class _Sum(torch.autograd.Function):
+    """[n_slots, C] → [n_atoms, C]: the sum over the slots whose receiver is the atom."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, batch: Batch) -> Tensor:
+        ctx.batch = batch
+        return _row_sums(x, batch)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return _Spread.apply(grad, ctx.batch), None
 
 
-def sum_over_sent(x: Tensor, neighbors: Tensor, reverse: Tensor) -> Tensor:
-    """Return for each atom the sum over the slots whose sender it is: [n_atoms, K, C] → [n_atoms, C].
+class _Spread(torch.autograd.Function):
+    """[n_atoms, C] → [n_slots, C]: the row of each slot's receiver; the transpose of ``_Sum``."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, batch: Batch) -> Tensor:
+        ctx.batch = batch
+        return x.index_select(0, batch.receivers)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return _Sum.apply(grad, ctx.batch), None
+
+
+def _row_sums(x: Tensor, batch: Batch) -> Tensor:
+    parts = x.split([n * k for n, k in batch.groups])
+    rows = torch.cat([part.view(n, k, -1).sum(1) for part, (n, k) in zip(parts, batch.groups, strict=True)])
+    return rows if len(batch.groups) == 1 else rows.index_select(0, batch.row_of_atom)
+
+
+def sum_over_sent(x: Tensor, batch: Batch) -> Tensor:
+    """Return for each atom the sum over the slots whose sender it is: [n_slots, C] → [n_atoms, C].
 
     Unused slots of an atom count as its own.
     """
-    return _ReverseSum.apply(x.reshape(-1, x.shape[-1]), neighbors, reverse)
+    return _ReverseSum.apply(x, batch)
+
+
+def sum_over_received(x: Tensor, batch: Batch) -> Tensor:
+    """Return for each atom the sum over its own slots, unused ones included: [n_slots, C] → [n_atoms, C]."""
+    return _Sum.apply(x, batch)
 
 
 class Bilinear:

@@ -27,7 +27,8 @@ from mffm.batch import Batch
 from mffm.config.model import DensityConfig
 from mffm.keys import N_ELEMENTS
 from mffm.models.angular import Constant, coupling, natural_paths, spherical_harmonics
-from mffm.models.contraction import Bilinear, Square, gather_senders
+from mffm.models.contraction import Bilinear, Square
+from mffm.models.density_sum import density_sum
 from mffm.models.recompute import recomputed
 
 # Root mean square of silu(x) for x ~ N(0, 1) is 1 / 1.679: weights behind a silu start larger by this factor.
@@ -73,11 +74,11 @@ class EdgeBasis(NamedTuple):
     """What depends on edge vectors alone; computed once per step.
 
     Attributes:
-        harmonics: for each l, [n_atoms, 2l + 1, K].
-        radial: [n_atoms * K, radial_hidden], smooth functions of the distance times the envelope.
+        harmonics: [n_slots, (lmax + 1)^2].
+        radial: [n_slots, radial_hidden], smooth functions of the distance times the envelope.
     """
 
-    harmonics: list[Tensor]
+    harmonics: Tensor
     radial: Tensor
 
 
@@ -276,17 +277,11 @@ class Layer(nn.Module):
 
     def density(self, sent: list[Tensor], basis: EdgeBasis, batch: Batch) -> Tensor:
         """Return the coupled density, [rows, n_atoms, edge_channels] in the order of ``path_tensor``."""
-        n_atoms, k = batch.neighbors.shape
-        width = (self._l_in + 1) ** 2 * self._c_edge
-        senders = torch.cat(sent).transpose(0, 1).reshape(n_atoms, width)
-        gathered = gather_senders(senders, batch.neighbors, batch.reverse)
-        radial = (basis.radial @ self.radial).view(n_atoms, k, self._lmax + 1, 1, self._c_edge)
-        messages = radial * gathered.view(n_atoms, k, 1, -1, self._c_edge)
-        sums = [
-            torch.bmm(y, message.reshape(n_atoms, k, width))
-            for y, message in zip(basis.harmonics, messages.unbind(2), strict=True)
-        ]
-        uncoupled = torch.cat(sums, dim=1).view(n_atoms, -1, self._c_edge).transpose(0, 1)
+        n_atoms = sent[0].shape[1]
+        senders = torch.cat(sent).transpose(0, 1).reshape(n_atoms, -1)
+        radial = (basis.radial @ self.radial).view(-1, self._lmax + 1, self._c_edge)
+        sums = density_sum(senders, radial, basis.harmonics, batch)
+        uncoupled = sums.view(n_atoms, -1, self._c_edge).transpose(0, 1)
         coupled = self._couple.like(radial) @ uncoupled.reshape(-1, n_atoms * self._c_edge)
         return coupled.view(-1, n_atoms, self._c_edge)
 
@@ -350,17 +345,14 @@ class DensityBackbone(nn.Module):
         return linear.weights[0], linear.bias
 
     def edge_basis(self, edge_vectors: Tensor, dtype: torch.dtype, *trunk: Tensor) -> EdgeBasis:
-        """Return the basis of the edges [n_atoms, K, 3]; geometry stays in their dtype, the result is in ``dtype``.
+        """Return the basis of the edges [n_slots, 3]; geometry stays in their dtype, the result is in ``dtype``.
 
         Args:
             trunk: weight and bias of each layer of the radial trunk.
         """
-        n_atoms, k, _ = edge_vectors.shape
-        vectors = edge_vectors.reshape(-1, 3)
-        r = vectors.square().sum(-1).sqrt()
+        r = edge_vectors.square().sum(-1).sqrt()
         x = r / self.cutoff
-        spherical = spherical_harmonics(vectors / r.unsqueeze(-1), self.config.lmax)
-        harmonics = [y.view(n_atoms, k, -1).transpose(1, 2).to(dtype) for y in spherical]
+        harmonics = torch.cat(spherical_harmonics(edge_vectors / r.unsqueeze(-1), self.config.lmax), dim=1).to(dtype)
         radial = bessel(x, self.config.n_radial).to(dtype)
         for weight, bias in zip(trunk[::2], trunk[1::2], strict=True):
             radial = F.silu(torch.addmm(bias, radial, weight))
@@ -384,10 +376,9 @@ class DensityBackbone(nn.Module):
     def _recomputed_basis(self, edge_vectors: Tensor, dtype: torch.dtype, trunk: Sequence[Tensor]) -> EdgeBasis:
         def part(edge_vectors: Tensor, *trunk: Tensor) -> tuple[Tensor, ...]:
             basis = self.edge_basis(edge_vectors, dtype, *trunk)
-            return *basis.harmonics, basis.radial
+            return basis.harmonics, basis.radial
 
-        *harmonics, radial = recomputed(part, [edge_vectors], trunk)
-        return EdgeBasis(harmonics, radial)
+        return EdgeBasis(*recomputed(part, [edge_vectors], trunk))
 
     def _recomputed_layer(
         self, index: int, h: list[Tensor], basis: EdgeBasis, batch: Batch, modulations: Mapping[str, Modulation]
@@ -395,14 +386,13 @@ class DensityBackbone(nn.Module):
         layer = self.layers[index]
         names, weights = zip(*layer.named_parameters(), strict=True)
         own = {site: pair for site, pair in modulations.items() if site.startswith(f"{index}.")}
-        n_h, n_basis, n_weights = len(h), len(basis.harmonics), len(weights)
+        n_h, n_weights = len(h), len(weights)
 
         def part(*tensors: Tensor) -> tuple[Tensor, ...]:
-            features, rest = list(tensors[:n_h]), tensors[n_h:]
-            shared, rest = EdgeBasis(list(rest[:n_basis]), rest[n_basis]), rest[n_basis + 1 :]
+            features, shared, rest = list(tensors[:n_h]), EdgeBasis(*tensors[n_h : n_h + 2]), tensors[n_h + 2 :]
             parameters, flat = dict(zip(names, rest[:n_weights], strict=True)), rest[n_weights:]
             pairs = dict(zip(own, zip(flat[::2], flat[1::2], strict=True), strict=True))
             return tuple(functional_call(layer, parameters, (features, shared, batch, pairs, str(index))))
 
-        geometric = [*h, *basis.harmonics, basis.radial]
+        geometric = [*h, *basis]
         return list(recomputed(part, geometric, [*weights, *(t for pair in own.values() for t in pair)]))

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from mffm.batch import Batch
 from mffm.config.model import ConditioningConfig, ModelConfig
 from mffm.errors import InputError, known
-from mffm.models.contraction import sum_over_sent
+from mffm.models.contraction import sum_over_received, sum_over_sent
 from mffm.models.terms import LearnedTerm, TermOutput
 
 
@@ -104,12 +104,13 @@ class Potential(nn.Module):
     @staticmethod
     def _forces(batch: Batch, gradient: Tensor) -> Tensor:
         """Return forces from dE/dr_ij with r_ij = x_j - x_i: what pulls on receivers minus what pulls on senders."""
-        return gradient.sum(1) - sum_over_sent(gradient, batch.neighbors, batch.reverse)
+        return sum_over_received(gradient, batch) - sum_over_sent(gradient, batch)
 
     @staticmethod
     def _virial(batch: Batch, edge_vectors: Tensor, gradient: Tensor) -> Tensor:
         """Return dE/dstrain = Σ r ⊗ dE/dr, [n_systems, 3, 3], eV."""
-        per_atom = edge_vectors.transpose(1, 2) @ gradient
+        products = edge_vectors.unsqueeze(2) * gradient.unsqueeze(1)
+        per_atom = sum_over_received(products.flatten(1), batch).view(-1, 3, 3)
         virial = gradient.new_zeros(batch.n_systems, 3, 3)
         return virial.index_add(0, batch.system_idx, per_atom)
 

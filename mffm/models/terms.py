@@ -34,7 +34,7 @@ class Term(Protocol):
     cutoff: float
 
     def __call__(self, batch: Batch, edge_vectors: Tensor) -> TermOutput:
-        """Return the term's energies for edge vectors [n_atoms, K, 3]; nothing else of the geometry may be read."""
+        """Return the term's energies for edge vectors [n_slots, 3]; nothing else of the geometry may be read."""
         ...
 
 

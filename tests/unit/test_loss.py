@@ -23,11 +23,12 @@ def make_batch(n_atoms, fidelity, energy_mask, force_mask, seed=0):
     generator = torch.Generator().manual_seed(seed)
     n, total = len(n_atoms), sum(n_atoms)
     rand = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)  # noqa: E731
-    index = torch.zeros(total, 1, dtype=torch.long)
+    index = torch.zeros(total, dtype=torch.long)
     return Batch(
         atomic_numbers=torch.ones(total, dtype=torch.long), positions=rand(total, 3),
         cell=torch.zeros(n, 3, 3),
-        neighbors=index, neighbor_mask=index.bool(), edge_vectors=rand(total, 1, 3), reverse=index,
+        neighbors=index, receivers=index, neighbor_mask=index.bool(), edge_vectors=rand(total, 3), reverse=index,
+        groups=((total, 1),), row_of_atom=index, atom_of_row=index,
         system_idx=torch.repeat_interleave(torch.arange(n), torch.tensor(n_atoms)), fidelity_idx=torch.tensor(fidelity),
         n_atoms=torch.tensor(n_atoms), volume=torch.zeros(n), charge=torch.zeros(n), spin_multiplicity=torch.zeros(n),
         labels={ENERGY: rand(n), FORCES: rand(total, 3), STRESS: rand(n, 3, 3)},

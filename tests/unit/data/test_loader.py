@@ -142,14 +142,11 @@ def test_edges_of_a_batch_are_those_of_each_structure(loader_store):
     lengths = batch.edge_vectors.norm(dim=-1)
     assert (lengths[batch.neighbor_mask] < LOADER_CUTOFF).all()
     assert (lengths[~batch.neighbor_mask] == 2 * LOADER_CUTOFF).all()
-    n_slots = batch.neighbors.shape[1]
-    receiver = torch.arange(len(batch.atomic_numbers)).repeat_interleave(n_slots)
-    assert torch.equal(batch.system_idx[batch.neighbors.flatten()], batch.system_idx[receiver])
-    flat = batch.edge_vectors.reshape(-1, 3)
-    on = batch.neighbor_mask.flatten()
-    assert torch.equal(flat[batch.reverse.flatten()][on], -flat[on])
-    assert (batch.reverse.flatten()[on] != torch.arange(len(on))[on]).all()
-    assert torch.equal(batch.reverse.flatten() // n_slots, batch.neighbors.flatten())
+    assert torch.equal(batch.system_idx[batch.neighbors], batch.system_idx[batch.receivers])
+    on = batch.neighbor_mask
+    assert torch.equal(batch.edge_vectors[batch.reverse][on], -batch.edge_vectors[on])
+    assert (batch.reverse[on] != torch.arange(len(on))[on]).all()
+    assert torch.equal(batch.receivers[batch.reverse], batch.neighbors)
 
 
 def test_batched_collate_equals_single_collate(loader_store):
@@ -158,14 +155,12 @@ def test_batched_collate_equals_single_collate(loader_store):
     start = 0
     for s, row in enumerate(rows):
         alone = everything(loader_store, [row])
-        n, k = alone.neighbors.shape
-        stop = start + n
+        stop = start + len(alone.positions)
         assert torch.equal(together.positions[start:stop], alone.positions)
-        assert torch.equal(together.neighbor_mask[start:stop, :k], alone.neighbor_mask)
-        assert not together.neighbor_mask[start:stop, k:].any()
-        on = alone.neighbor_mask
-        assert torch.equal(together.edge_vectors[start:stop, :k][on], alone.edge_vectors[on])
-        assert torch.equal(together.neighbors[start:stop, :k][on] - start, alone.neighbors[on])
+        for atom in range(start, stop):
+            own, single = ((b.receivers == a) & b.neighbor_mask for b, a in ((together, atom), (alone, atom - start)))
+            assert torch.equal(together.edge_vectors[own], alone.edge_vectors[single])
+            assert torch.equal(together.neighbors[own] - start, alone.neighbors[single])
         for prop in PROPERTIES:
             assert torch.equal(together.masks[prop][s], alone.masks[prop][0])
             part = slice(start, stop) if prop == "forces" else slice(s, s + 1)
@@ -207,7 +202,7 @@ def test_weights_are_the_frames_own(loader_store):
 def test_no_rows_give_the_dummy_batch(loader_store):
     batch = collate(loader_store, [], [], LOADER_TABLE, [], LOADER_CUTOFF)
     assert batch.atomic_numbers.tolist() == [1]
-    assert batch.neighbors.shape == (1, 1)
+    assert batch.groups == ((1, 1),)
     assert batch.n_edges == 0
     assert batch.rows.tolist() == [-1]
     assert not any(m.any() for m in batch.masks.values())

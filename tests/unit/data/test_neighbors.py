@@ -1,11 +1,13 @@
 """Neighbor lists against ASE's, and the padded layout against its definition."""
 
+import itertools
+
 import numpy as np
 import pytest
 from ase.geometry.cell import complete_cell
 from ase.neighborlist import primitive_neighbor_list
 
-from mffm.data.neighbors import count, neighbor_list, opposite_edges, pad
+from mffm.data.neighbors import MAX_GROUPS, WORTH, count, neighbor_list, opposite_edges, pad, row_groups
 from mffm.errors import InputError
 
 
@@ -81,27 +83,30 @@ def test_padded_layout_and_reverse_on_crystals_with_images():
     rng = np.random.default_rng(3)
     structures = [random_structure(rng, c) for c in ("tiny", "molecule", "triclinic", "tiny", "slab") for _ in range(3)]
     (receiver, sender, shift, vectors), n_atoms = packed(structures, 4.5)
-    neighbors, mask, edge_vectors, reverse = pad(receiver, sender, shift, vectors, n_atoms, 4.5)
+    slots = pad(receiver, sender, shift, vectors, n_atoms, 4.5)
+    mask, reverse = slots.neighbor_mask, slots.reverse
 
-    k = int(np.bincount(receiver).max())
-    assert neighbors.shape == mask.shape == reverse.shape == (n_atoms, k)
-    assert mask.sum() == len(receiver)
-    assert np.array_equal(np.repeat(np.arange(n_atoms), k)[mask.ravel()], receiver)
-    assert np.array_equal(neighbors[mask], sender)
-    assert np.array_equal(edge_vectors[mask], vectors)
+    assert len(slots.groups) > 1
+    assert sum(n for n, _ in slots.groups) == n_atoms
+    assert sum(n * k for n, k in slots.groups) == len(mask)
+    assert np.array_equal(slots.row_of_atom[slots.atom_of_row], np.arange(n_atoms))
+    widths = np.repeat([k for _, k in slots.groups], [n for n, _ in slots.groups])
+    assert np.array_equal(slots.receivers, np.repeat(slots.atom_of_row, widths))
+    found = np.argsort(slots.receivers[mask], kind="stable")  # back into the order of the list
+    assert np.array_equal(slots.receivers[mask][found], receiver)
+    assert np.array_equal(slots.neighbors[mask][found], sender)
+    assert np.array_equal(slots.edge_vectors[mask][found], vectors)
 
-    own = np.arange(n_atoms * k).reshape(n_atoms, k)
+    own = np.arange(len(mask))
     assert np.array_equal(reverse[~mask], own[~mask])
-    assert np.array_equal(neighbors[~mask], (own // k)[~mask])
-    assert np.allclose(edge_vectors[~mask], [9.0, 0.0, 0.0])
+    assert np.array_equal(slots.neighbors[~mask], slots.receivers[~mask])
+    assert np.allclose(slots.edge_vectors[~mask], [9.0, 0.0, 0.0])
 
-    flat = reverse.ravel()
-    assert np.array_equal(flat[flat], own.ravel())  # an involution
-    assert np.all(flat[own[mask]] != own[mask])  # no edge is its own opposite, not even a self-image
-    assert np.array_equal(flat // k, neighbors.ravel())  # the opposite edge is received by the sender
-    assert np.array_equal(neighbors.ravel()[flat], own.ravel() // k)
+    assert np.array_equal(reverse[reverse], own)  # an involution
+    assert np.all(reverse[mask] != own[mask])  # no edge is its own opposite, not even a self-image
+    assert np.array_equal(slots.receivers[reverse], slots.neighbors)  # the opposite edge is received by the sender
     # Images of one pair are told apart only by the vector: it must be the exact negative.
-    assert np.array_equal(edge_vectors.reshape(-1, 3)[flat[own[mask]]], -edge_vectors[mask])
+    assert np.array_equal(slots.edge_vectors[reverse[mask]], -slots.edge_vectors[mask])
     repeated = len(receiver) - len(np.unique(receiver * n_atoms + sender))
     assert repeated > 100  # the structures do contain several images of a pair
 
@@ -116,8 +121,42 @@ def test_opposites_of_many_atoms_use_the_wide_sort():
 
 def test_no_edges_leaves_one_slot():
     none = np.zeros(0, np.int64)
-    neighbors, mask, edge_vectors, reverse = pad(none, none, np.zeros((0, 3), int), np.zeros((0, 3)), 2, 5.0)
-    assert neighbors.tolist() == [[0], [1]]
-    assert not mask.any()
-    assert edge_vectors.tolist() == [[[10.0, 0, 0]], [[10.0, 0, 0]]]
-    assert reverse.tolist() == [[0], [1]]
+    slots = pad(none, none, np.zeros((0, 3), int), np.zeros((0, 3)), 2, 5.0)
+    assert slots.neighbors.tolist() == slots.reverse.tolist() == [0, 1]
+    assert slots.groups == ((2, 1),)
+    assert not slots.neighbor_mask.any()
+    assert slots.edge_vectors.tolist() == [[10.0, 0, 0], [10.0, 0, 0]]
+
+
+def fewest_slots(lengths, n_groups):
+    """Return the fewest slots of any split into so many groups, by trying all."""
+    lengths = np.sort(lengths)[::-1]
+    splits = itertools.combinations(range(1, len(lengths)), n_groups - 1)
+    return min(sum(int(part[0]) * len(part) for part in np.split(lengths, split)) for split in splits)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_groups_need_the_fewest_slots(seed):
+    rng = np.random.default_rng(seed)
+    lengths = rng.integers(1, [2, 4, 9, 60][seed % 4], 9)
+    groups = row_groups(lengths)
+    ordered = np.sort(lengths)[::-1]
+    start = 0
+    for n, k in groups:
+        assert ordered[start] == k
+        start += n
+    assert start == len(lengths)
+    slots = sum(n * k for n, k in groups)
+    assert slots == fewest_slots(lengths, len(groups))
+    for n_groups in range(1, min(MAX_GROUPS, len(set(lengths.tolist()))) + 1):
+        assert slots <= fewest_slots(lengths, n_groups) / WORTH + 1e-9
+        if n_groups < len(groups):
+            assert slots < WORTH * fewest_slots(lengths, n_groups)
+
+
+def test_rows_of_one_length_are_one_group_in_the_order_of_the_atoms():
+    receiver, sender, shift = neighbor_list(np.zeros((1, 3)), np.eye(3) * 2.0, np.ones(3, bool), 5.0)
+    slots = pad(receiver, sender, shift, shift * 2.0, 1, 5.0)
+    assert slots.groups == ((1, len(receiver)),)
+    assert slots.neighbor_mask.all()
+    assert row_groups(np.array([3, 0, 3])) == ((2, 3), (1, 1))

@@ -51,8 +51,9 @@ def build_batch(
     fidelity_idx: Sequence[int] | None = None,
     dtype: torch.dtype = torch.float64,
     cutoff: float = CUTOFF,
+    extra_slots: int = 0,
 ) -> Batch:
-    """Return systems as a batch without labels."""
+    """Return systems as a batch without labels; every row gets so many further unused slots."""
     lists = [edges(p, c, cutoff) for _, p, c in systems]
     offsets = np.cumsum([0] + [len(n) for n, _, _ in systems])
     n_atoms = int(offsets[-1])
@@ -62,18 +63,29 @@ def build_batch(
         for i, j, shift, _ in found:
             slots[s, i, j, shift] = counts[offsets[s] + i]
             counts[offsets[s] + i] += 1
-    k = max(int(counts.max()), 1)
-    neighbors = np.repeat(np.arange(n_atoms)[:, None], k, 1)
-    reverse = np.arange(n_atoms * k).reshape(n_atoms, k)
-    mask = np.zeros((n_atoms, k), bool)
-    vectors = np.zeros((n_atoms, k, 3))
-    vectors[..., 0] = 2 * cutoff
+    # Two groups, with rows that are padded on purpose: the atom with the fewest neighbors is in the first group too.
+    atom_of_row = np.argsort(-counts, kind="stable")
+    if n_atoms > 2:
+        atom_of_row = np.concatenate([atom_of_row[:1], atom_of_row[-1:], atom_of_row[1:-1]])
+    first = min(2, n_atoms)
+    groups = [
+        (n, max(int(counts[rows].max()), 1) + extra_slots)
+        for n, rows in ((first, atom_of_row[:first]), (n_atoms - first, atom_of_row[first:]))
+        if n
+    ]
+    widths = np.repeat([k for _, k in groups], [n for n, _ in groups])
+    row_of_atom = np.argsort(atom_of_row)
+    start = (np.cumsum(widths) - widths)[row_of_atom]
+    receivers = np.repeat(atom_of_row, widths)
+    n_slots = len(receivers)
+    neighbors, reverse, mask = receivers.copy(), np.arange(n_slots), np.zeros(n_slots, bool)
+    vectors = np.zeros((n_slots, 3))
+    vectors[:, 0] = 2 * cutoff
     for s, found in enumerate(lists):
         for i, j, shift, vector in found:
-            row, slot = offsets[s] + i, slots[s, i, j, shift]
-            neighbors[row, slot], mask[row, slot], vectors[row, slot] = offsets[s] + j, True, vector
-            back = slots[s, j, i, tuple(-n for n in shift)]
-            reverse[row, slot] = (offsets[s] + j) * k + back
+            slot = start[offsets[s] + i] + slots[s, i, j, shift]
+            neighbors[slot], mask[slot], vectors[slot] = offsets[s] + j, True, vector
+            reverse[slot] = start[offsets[s] + j] + slots[s, j, i, tuple(-n for n in shift)]
     zero = np.zeros(len(systems), dtype=np.int64)
     cells = np.stack([np.zeros((3, 3)) if c is None else c for _, _, c in systems])
     sizes = np.diff(offsets)
@@ -86,9 +98,13 @@ def build_batch(
         positions=tensor(np.concatenate([p for _, p, _ in systems]), dtype),
         cell=tensor(cells, dtype),
         neighbors=tensor(neighbors, torch.int64),
+        receivers=tensor(receivers, torch.int64),
         neighbor_mask=tensor(mask, torch.bool),
         edge_vectors=tensor(vectors, dtype),
         reverse=tensor(reverse, torch.int64),
+        groups=tuple(groups),
+        row_of_atom=tensor(row_of_atom, torch.int64),
+        atom_of_row=tensor(atom_of_row, torch.int64),
         system_idx=tensor(np.repeat(np.arange(len(systems)), sizes), torch.int64),
         fidelity_idx=tensor(zero if fidelity_idx is None else np.array(fidelity_idx), torch.int64),
         n_atoms=tensor(sizes, torch.int64),

@@ -6,40 +6,31 @@ import numpy as np
 import pytest
 import torch
 
-from mffm.models.contraction import Bilinear, Square, gather_senders, sum_over_sent
+from mffm.batch import Batch
+from mffm.models.contraction import Bilinear, Square, sum_over_received, sum_over_sent
 
 
 @pytest.fixture
-def indices(kit: SimpleNamespace) -> tuple[torch.Tensor, torch.Tensor]:
+def batch(kit: SimpleNamespace) -> Batch:
     batch = kit.batch([kit.molecule(0), kit.crystal(), (np.array([1]), np.zeros((1, 3)), None)])
     assert not batch.neighbor_mask.all()
-    return batch.neighbors, batch.reverse
+    assert len(batch.groups) > 1
+    return batch
 
 
-def test_gather_and_its_transpose(indices: tuple[torch.Tensor, torch.Tensor]) -> None:
-    neighbors, reverse = indices
-    x = torch.randn(len(neighbors), 3, dtype=torch.float64)
-    g = torch.randn(*neighbors.shape, 3, dtype=torch.float64)
-    gathered = gather_senders(x, neighbors, reverse)
-    torch.testing.assert_close(gathered, x[neighbors], rtol=0, atol=0)
-    expected = torch.zeros_like(x).index_add(0, neighbors.flatten(), g.flatten(0, 1))
-    torch.testing.assert_close(sum_over_sent(g, neighbors, reverse), expected)
+@pytest.mark.parametrize("end", ["sent", "received"])
+def test_sums_over_slots(batch: Batch, end: str) -> None:
+    function = {"sent": sum_over_sent, "received": sum_over_received}[end]
+    atoms = {"sent": batch.neighbors, "received": batch.receivers}[end]
+    g = torch.randn(len(atoms), 2, dtype=torch.float64, requires_grad=True)
+    expected = torch.zeros(len(batch.row_of_atom), 2, dtype=torch.float64).index_add(0, atoms, g)
+    torch.testing.assert_close(function(g, batch), expected)
 
+    def square(g: torch.Tensor) -> torch.Tensor:
+        return function(g, batch) ** 2
 
-def test_gather_gradients(indices: tuple[torch.Tensor, torch.Tensor]) -> None:
-    neighbors, reverse = indices
-    x = torch.randn(len(neighbors), 2, dtype=torch.float64, requires_grad=True)
-    g = torch.randn(*neighbors.shape, 2, dtype=torch.float64, requires_grad=True)
-
-    def square_of_gather(x: torch.Tensor) -> torch.Tensor:
-        return gather_senders(x, neighbors, reverse) ** 2
-
-    def square_of_sum(g: torch.Tensor) -> torch.Tensor:
-        return sum_over_sent(g, neighbors, reverse) ** 2
-
-    for function, argument in ((square_of_gather, x), (square_of_sum, g)):
-        assert torch.autograd.gradcheck(function, argument)
-        assert torch.autograd.gradgradcheck(function, argument)
+    assert torch.autograd.gradcheck(square, g)
+    assert torch.autograd.gradgradcheck(square, g)
 
 
 @pytest.mark.parametrize("symmetric", [False, True])

@@ -1,6 +1,5 @@
 """Each physical law is one test over every backbone, conditioning and kind of heads, in float64."""
 
-from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -305,19 +304,7 @@ def test_training_mode_and_no_grad_predict_the_same(potential: Potential, kit: S
 def test_unused_slots_change_nothing(potential: Potential, kit: SimpleNamespace) -> None:
     """Wider padding gives the same values and the same gradients."""
     batch = kit.batch([kit.molecule(0)], [1])
-    n, k = batch.neighbors.shape
-    wide = k + 3
-    slots = torch.arange(n * wide).view(n, wide)
-    own = torch.arange(n)[:, None].expand(n, 3)
-    padding = torch.zeros(n, 3, 3, dtype=torch.float64)
-    padding[..., 0] = 2 * kit.cutoff
-    wider = replace(
-        batch,
-        neighbors=torch.cat([batch.neighbors, own], 1),
-        neighbor_mask=torch.cat([batch.neighbor_mask, torch.zeros(n, 3, dtype=torch.bool)], 1),
-        edge_vectors=torch.cat([batch.edge_vectors, padding], 1),
-        reverse=torch.cat([batch.reverse // k * wide + batch.reverse % k, slots[:, k:]], 1),
-    )
+    wider = kit.batch([kit.molecule(0)], [1], extra_slots=3)
     same(potential(batch).forces, potential(wider).forces, 1e-12)
     gradients = [parameter_gradients(potential, b) for b in (batch, wider)]
     for name, gradient in gradients[0].items():
