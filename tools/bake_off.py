@@ -1,0 +1,204 @@
+"""The bake-off: variants of the backbone and its training on the same frames, for the same CPU time. Resumable.
+
+    MFFM_DATA=/path/to/data python tools/bake_off.py run acac --minutes 15 --variants base,lmax3,message0
+    python tools/bake_off.py table acac > table.md
+
+Every variant gets the steps that fit into its CPU time (measured on its first steps), so that each runs its whole
+learning-rate schedule. Runs lie in runs/bake_off; one that was interrupted goes on; one that is in the log
+(docs/bake_off.jsonl, a line a run) is not repeated. CPU time, not wall time: the machine is shared.
+"""
+
+import argparse
+import json
+import os
+import resource
+import subprocess
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from mffm.config.base import validate
+from mffm.config.data import DataConfig
+from mffm.data.ingest import ingest
+from mffm.data.store import count_edges
+
+ROOT = Path(__file__).parents[1]
+CONFIGS = ROOT / "configs" / "bake_off"
+LOG = ROOT / "docs" / "bake_off.jsonl"
+PROBE_STEPS = 60
+ACAC = "botnet/dataset_acac"
+CRYSTALS = "mattersim_pbe"
+# store → files, labels, split. Test sets are stores of their own.
+STORES: dict[str, dict[str, Any]] = {
+    "acac": {"files": [f"{ACAC}/train_300K.xyz"], "fractions": {"train": 0.9, "val": 0.1}},
+    "acac-300K": {"files": [f"{ACAC}/test_MD_300K.xyz"], "fractions": {"test": 1.0}},
+    "acac-600K": {"files": [f"{ACAC}/test_MD_600K.xyz"], "fractions": {"test": 1.0}},
+    "acac-dihedral": {"files": [f"{ACAC}/test_dihedral.xyz"], "fractions": {"test": 1.0}, "labels": ["energy"]},
+    "acac-transfer": {"files": [f"{ACAC}/test_H_transfer.xyz"], "fractions": {"test": 1.0}, "labels": ["energy"]},
+    "crystals": {
+        "files": [
+            f"{CRYSTALS}/{n}.xyz" for n in ("mptrj-random-1k", "mptrj-highest-stress-1k", "alexandria-random-1k")
+        ],
+        "fractions": {"train": 0.8, "val": 0.1, "test": 0.1},
+        "labels": ["energy", "forces", "stress"],
+    },
+}
+TESTS = {
+    "acac": ["acac-300K", "acac-600K", "acac-dihedral", "acac-transfer"],
+    "crystals": ["crystals"],
+}
+
+
+def make_store(name: str, cutoff: float) -> Path:
+    """Return the store of a set, made where it is missing, with its edges counted."""
+    path = ROOT / "stores" / "bake_off" / name
+    if not (path / "manifest.json").exists():
+        spec, data = STORES[name], Path(os.environ["MFFM_DATA"])
+        fidelity, level = ("pbe_mp", "PBE(+U)") if name == "crystals" else ("pbe_d3", "UHF-PBE+D3/def2-SVP")
+        labels = {prop: prop for prop in spec.get("labels", ["energy", "forces"])}
+        source = {
+            "name": name,
+            "path": [str(data / f) for f in spec["files"]],
+            "licence": "MIT",
+            "labels": {fidelity: labels},
+        }
+        splits: dict[str, Any] = {"fractions": spec["fractions"]}
+        if name == "crystals":
+            source["group_key"], splits["by"] = "formula", "group"
+        config = {
+            "store": str(path), "fidelities": {fidelity: {"level_of_theory": level}}, "sources": [source],
+            "splits": splits, "cutoffs": [cutoff], "duplicates": "skip",
+        }  # fmt: skip
+        ingest(validate(DataConfig, config, name), ROOT, progress=False)
+    count_edges(path, cutoff)
+    return path
+
+
+def commit() -> str:
+    """Return the commit of the code, with a + where files differ from it."""
+    found = subprocess.run(
+        ["git", "-C", str(ROOT), "describe", "--always", "--dirty=+"], capture_output=True, text=True
+    )
+    return found.stdout.strip()
+
+
+def cpu_seconds() -> float:
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
+
+
+def mffm(*arguments: str) -> float:
+    """Run a command of mffm; return its CPU seconds."""
+    before = cpu_seconds()
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-m", "mffm", *arguments], env=environment, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"mffm {' '.join(arguments)}: exit code {done.returncode}\n{done.stderr[-3000:]}")
+    return cpu_seconds() - before
+
+
+def steps_within(dataset: str, variant: list[str], folder: Path, minutes: float) -> int:
+    """Return how many steps fit, from two short runs whose difference has no start-up in it."""
+    times = []
+    for steps in (PROBE_STEPS // 3, PROBE_STEPS):
+        short = ["train.validate_every=100000", f"train.steps={steps}"]
+        run = folder / f"probe-{steps}"
+        times.append(mffm("train", str(CONFIGS / f"{dataset}.yaml"), *variant, *short, f"run={run}"))
+        subprocess.run(["rm", "-rf", str(run)], check=True)
+    per_step = (times[1] - times[0]) / (PROBE_STEPS - PROBE_STEPS // 3)
+    return max(int(60 * minutes / per_step / 1.03), PROBE_STEPS)  # 3 % for validation and saving
+
+
+def errors(run: Path, dataset: str, cutoff: float) -> dict[str, float]:
+    """Return the errors on the test sets: <set>/<property>_<measure>; energies of molecules in meV, not per atom."""
+    found = {}
+    for name in TESTS[dataset]:
+        store = make_store(name, cutoff)
+        output = run / "tests" / name
+        mffm("evaluate", str(run), "--store", str(store), "--split", "test", "--output", str(output))
+        n_atoms = 15 if dataset == "acac" else 1
+        for row in json.loads((output / "evaluation-test.json").read_text())["rows"]:
+            factor = n_atoms if row["property"] == "energy" else 1
+            for measure in ("mae", "rmse", "bias"):
+                found[f"{name}/{row['property']}_{measure}"] = row[measure] * factor
+    return found
+
+
+def rows(dataset: str) -> list[dict[str, Any]]:
+    if not LOG.exists():
+        return []
+    return [r for r in map(json.loads, LOG.read_text().splitlines()) if r["dataset"] == dataset]
+
+
+def run_one(dataset: str, name: str, changes: list[str], minutes: float, seed: int) -> None:
+    folder = ROOT / "runs" / "bake_off" / f"{dataset}-{name}-{minutes:g}min-seed{seed}"
+    variant = [*changes, f"seed={seed}", f"name={dataset}-{name}"]
+    base = yaml.safe_load((CONFIGS / f"{dataset}.yaml").read_text())
+    given = [c.split("=")[1] for c in changes if c.startswith("model.backbone.cutoff=")]
+    cutoff = float(given[-1]) if given else base["model"]["backbone"]["cutoff"]
+    variant.append(f"data.store={make_store(dataset, cutoff)}")
+    folder.mkdir(parents=True, exist_ok=True)
+    progress = folder / "progress.json"  # CPU time over all sittings
+    state = json.loads(progress.read_text()) if progress.exists() else {"cpu_s": 0.0}
+    if "steps" not in state:
+        state["steps"] = steps_within(dataset, variant, folder, minutes)
+        progress.write_text(json.dumps(state))
+    run = folder / "run"
+    if (run / "checkpoints" / "latest").exists():
+        state["cpu_s"] += mffm("resume", str(run))
+    else:
+        recipe = str(CONFIGS / f"{dataset}.yaml")
+        state["cpu_s"] += mffm("train", recipe, *variant, f"train.steps={state['steps']}", f"run={run}")
+    progress.write_text(json.dumps(state))
+    row = {
+        "dataset": dataset, "variant": name, "changes": changes, "minutes": minutes, "seed": seed,
+        "steps": state["steps"], "cpu_s": round(state["cpu_s"], 1), "date": datetime.now(UTC).date().isoformat(),
+        "commit": commit(), "errors": errors(run, dataset, cutoff),
+    }  # fmt: skip
+    with LOG.open("a") as file:
+        file.write(json.dumps(row) + "\n")
+    print(f"{dataset} {name} seed {seed}: {shown(row)}", flush=True)
+
+
+def shown(row: dict[str, Any]) -> str:
+    keys = ["acac-300K/energy_rmse", "acac-300K/forces_rmse", "acac-600K/energy_rmse", "acac-600K/forces_rmse"]
+    if row["dataset"] == "crystals":
+        keys = ["crystals/energy_mae", "crystals/forces_mae", "crystals/stress_mae"]
+    return " | ".join(f"{row['errors'][k]:.2f}" for k in keys)
+
+
+def table(dataset: str) -> None:
+    head = "energy 300 K, meV | forces 300 K, meV/Å | energy 600 K | forces 600 K"
+    if dataset == "crystals":
+        head = "energy MAE, meV/atom | forces MAE, meV/Å | stress MAE, meV/Å³"
+    print(f"| variant | CPU min | steps | seed | {head} |")
+    print("|" + "---|" * (5 + head.count("|")))
+    for row in rows(dataset):
+        print(f"| {row['variant']} | {row['cpu_s'] / 60:.1f} | {row['steps']} | {row['seed']} | {shown(row)} |")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("action", choices=["run", "table"])
+    parser.add_argument("dataset", choices=sorted(TESTS))
+    parser.add_argument("--variants", default="base", help="names in configs/bake_off/variants.yaml, or all")
+    parser.add_argument("--minutes", type=float, default=15.0, help="CPU minutes of each run")
+    parser.add_argument("--seeds", default="0")
+    args = parser.parse_args()
+    if args.action == "table":
+        table(args.dataset)
+        return
+    variants = yaml.safe_load((CONFIGS / "variants.yaml").read_text())
+    names = list(variants) if args.variants == "all" else args.variants.split(",")
+    for seed in map(int, args.seeds.split(",")):
+        for name in names:
+            done = {(r["variant"], r["minutes"], r["seed"]) for r in rows(args.dataset)}
+            if (name, args.minutes, seed) not in done:
+                run_one(args.dataset, name, variants[name], args.minutes, seed)
+
+
+if __name__ == "__main__":
+    main()
