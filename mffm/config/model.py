@@ -1,8 +1,8 @@
 """Schema of the potential: backbone, conditioning, heads."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Discriminator, Field, Tag, model_validator
 
 from mffm.config.base import Schema
 
@@ -10,6 +10,7 @@ from mffm.config.base import Schema
 class DensityConfig(Schema):
     """The native density backbone."""
 
+    kind: Literal["density"] = "density"
     cutoff: float = Field(5.0, gt=0, description="Å")
     lmax: int = Field(2, ge=0, le=4, description="highest degree of the spherical harmonics of an edge")
     l_message: int = Field(1, ge=0, le=3, description="highest degree of the features that a sender sends")
@@ -31,6 +32,42 @@ class DensityConfig(Schema):
         if self.l_message > self.lmax:
             raise ValueError(f"l_message {self.l_message} is above lmax {self.lmax}")
         return self
+
+
+class EscnConfig(Schema):
+    """fairchem-core's eSCN-MD backbone; the names of its parts in brackets."""
+
+    kind: Literal["escn"]
+    cutoff: float = Field(6.0, gt=0, description="Å")
+    lmax: int = Field(2, ge=0, le=6, description="highest degree of the features")
+    mmax: int = Field(2, ge=0, le=6, description="highest order that convolutions mix")
+    layers: int = Field(2, ge=1, le=32, description="[num_layers]")
+    sphere_channels: int = Field(64, ge=2, multiple_of=2)
+    hidden_channels: int = Field(64, ge=1)
+    edge_channels: int = Field(64, ge=1)
+    n_radial: int = Field(64, ge=2, description="Gaussians of the distance [num_distance_basis]")
+    feed_forward: Literal["spectral", "grid"] = Field(
+        "spectral", description="[ff_type] grid: on points of a sphere, not exactly equivariant"
+    )
+    weights: str | None = Field(
+        None, description="inference checkpoint that fairchem wrote, whose backbone a fresh run starts from (a pickle)"
+    )
+
+    @model_validator(mode="after")
+    def _checks(self) -> "EscnConfig":
+        if self.mmax > self.lmax:
+            raise ValueError(f"mmax {self.mmax} is above lmax {self.lmax}")
+        return self
+
+
+def _backbone_kind(value: object) -> str:
+    found = value.get("kind", "density") if isinstance(value, dict) else getattr(value, "kind", "density")
+    return str(found)
+
+
+BackboneConfig = Annotated[
+    Annotated[DensityConfig, Tag("density")] | Annotated[EscnConfig, Tag("escn")], Discriminator(_backbone_kind)
+]
 
 
 class ConditioningConfig(Schema):
@@ -67,7 +104,7 @@ class HeadsConfig(Schema):
 class ModelConfig(Schema):
     """The potential of a run."""
 
-    backbone: DensityConfig = DensityConfig()
+    backbone: BackboneConfig = DensityConfig()
     conditioning: ConditioningConfig = ConditioningConfig()
     heads: HeadsConfig = HeadsConfig()
     init_from: dict[str, str] = Field(

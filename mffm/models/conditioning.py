@@ -19,7 +19,12 @@ from torch import Tensor, nn
 
 from mffm.config.model import ConditioningConfig
 
-SITES = {"onehot": ("send", "receive", "output"), "embedding": ("update",), "film": ("update",)}
+# "system": where a backbone mixes what belongs to a whole system
+SITES = {
+    "onehot": ("send", "receive", "system", "output"),
+    "embedding": ("update", "system"),
+    "film": ("update", "system"),
+}
 
 
 class Conditioning(nn.Module):

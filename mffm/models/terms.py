@@ -2,15 +2,18 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from torch import Tensor, nn
 
 from mffm.batch import Batch
-from mffm.config.model import ModelConfig
+from mffm.config.model import DensityConfig, EscnConfig, ModelConfig
 from mffm.models.conditioning import Conditioning
 from mffm.models.density import DensityBackbone
 from mffm.models.heads import Heads
+
+if TYPE_CHECKING:
+    from mffm.models.escn import EscnBackbone
 
 
 @dataclass(slots=True)
@@ -38,12 +41,21 @@ class Term(Protocol):
         ...
 
 
+def make_backbone(config: DensityConfig | EscnConfig, avg_neighbors: float) -> "DensityBackbone | EscnBackbone":
+    """Return the backbone of a configuration; fairchem is imported only for its own."""
+    if isinstance(config, DensityConfig):
+        return DensityBackbone(config, avg_neighbors)
+    from mffm.models.escn import EscnBackbone
+
+    return EscnBackbone(config, avg_neighbors)
+
+
 class LearnedTerm(nn.Module):
     """Backbone, conditioning and heads."""
 
     def __init__(self, config: ModelConfig, fidelities: Sequence[str], avg_neighbors: float, scale: float):
         super().__init__()
-        self.backbone = DensityBackbone(config.backbone, avg_neighbors)
+        self.backbone = make_backbone(config.backbone, avg_neighbors)
         self.conditioning = Conditioning(config.conditioning, len(fidelities), self.backbone.sites)
         self.heads = Heads(config.heads, fidelities, self.backbone.n_features, scale)
         self.cutoff = self.backbone.cutoff

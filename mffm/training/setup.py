@@ -10,6 +10,7 @@ from ase.data import chemical_symbols
 from torch import Tensor, nn
 
 from mffm.batch import Batch, reference_energy
+from mffm.config.model import EscnConfig
 from mffm.config.recipe import Recipe, TrainSection
 from mffm.data import references
 from mffm.data.plan import Plan, Pool, build_pools
@@ -87,6 +88,10 @@ def prepare(recipe: Recipe, saved: PotentialSpec | None = None) -> Setup:
         provenance=provenance(recipe, store, plan, base),
     )
     potential = spec.build()
+    if isinstance(recipe.model.backbone, EscnConfig) and recipe.model.backbone.weights and base is None:
+        from mffm.models.escn import load_checkpoint
+
+        load_checkpoint(potential.learned.backbone, recipe.model.backbone.weights)
     if base is not None:
         potential.load_weights(base.potential.state_dict(), base.fidelities.names, recipe.model.init_from)
     return Setup(recipe, store, fidelities, plan, loss, spec, potential, used)
@@ -98,8 +103,9 @@ def _require_same_backbone(recipe: Recipe, other: PotentialSpec, path: str) -> N
     Raises:
         InputError: with every key that differs and both values.
     """
-    mine, theirs = recipe.model.backbone.model_dump(), other.model.backbone.model_dump()
-    differing = [f"{k}: {mine[k]} here, {theirs[k]} there" for k in mine if mine[k] != theirs[k]]
+    mine, theirs = (m.backbone.model_dump(exclude={"weights"}) for m in (recipe.model, other.model))
+    keys = sorted(set(mine) | set(theirs))
+    differing = [f"{k}: {mine.get(k)} here, {theirs.get(k)} there" for k in keys if mine.get(k) != theirs.get(k)]
     if differing:
         raise InputError(
             f"model.backbone differs from that of the weights in {path} ({'; '.join(differing)}); set the same values"

@@ -23,7 +23,8 @@ METHODS = {
     "film": ([LF, HF], "film", {"kind": "independent", "hidden": [8]}, {"normalisation": "expected"}),
 }
 TRAINING = {"activation_checkpointing": {"activation_checkpointing": True}, "bfloat16": {"precision": "bfloat16"}}
-METHODS |= dict.fromkeys(TRAINING, METHODS["sevennet_mf"])
+METHODS |= dict.fromkeys([*TRAINING, "escn"], METHODS["sevennet_mf"])
+ESCN = {"kind": "escn", "cutoff": 4.0, "sphere_channels": 8, "hidden_channels": 8, "edge_channels": 8, "n_radial": 8}
 RUN_ALL = """
 import sys
 from mffm.config.base import load
@@ -47,6 +48,8 @@ def runs(
         recipe["data"]["plan"]["pools"] = pools
         recipe["data"]["plan"]["paired"] = name == "delta"
         recipe["model"] = {**recipe["model"], "conditioning": {"kind": conditioning}, "heads": heads}
+        if name == "escn":
+            recipe["model"]["backbone"] = ESCN
         recipe["loss"] = loss
         recipe["references"] = {"anchor": pools[0]["fidelity"]} if "energy" in pools[0]["properties"] else {}
         recipe["train"] = {"steps": 10, "validate_every": 5, "save_every": 10, "log_every": 1, "threads": 1}
