@@ -66,6 +66,9 @@ class EscnBackbone(nn.Module):
         self.recompute = False
         with _default_dtype(torch.float32):
             self.escn = _Escn(**arguments(config))
+        for module in self.escn.modules():  # its buffers are constants: weights alone are saved
+            for name, buffer in list(module.named_buffers(recurse=False)):
+                module.register_buffer(name, buffer, persistent=False)
 
     def site(self, name: str) -> tuple[Tensor, Tensor]:
         assert name == SYSTEM_SITE, name
@@ -166,6 +169,8 @@ def load_checkpoint(backbone: nn.Module, path: Path | str) -> None:
     if differing := [f"{k}: {have[k]} there, {wanted[k]} here" for k in have if have[k] != wanted[k]]:
         raise InputError(f"{path}: another backbone ({'; '.join(differing)}); give model.backbone its values")
     own = backbone.escn.state_dict()
+    constants = {name for name, _ in backbone.escn.named_buffers()}
+    weights = {name: value for name, value in weights.items() if name not in constants}
     if set(own) != set(weights):
         raise InputError(
             f"{path}: its tensors differ from this eSCN-MD's: {known(sorted(set(own) ^ set(weights))[:5])}"
