@@ -1,6 +1,6 @@
 """Does the engine on these ranks learn what one process learns? ZeRO stages × models × ways to deal out a batch.
 
-    torchrun --nproc-per-node 2 -m mffm.selftest.parity STORE OUT.json [--stages 0,1,2]
+    torchrun --nproc-per-node 2 -m mffm.selftest.parity STORE OUT.json [--stages 0,1,2,3]
 
 Every combination does 5 steps through the DeepSpeed engine with the product's own ``train_step`` and is compared with
 plain torch in this process: the same module, the whole global batch at once, the same AdamW, clipping and lr.
@@ -22,28 +22,30 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from mffm import distributed
 from mffm.batch import Batch
+from mffm.config.recipe import DeepSpeedSection
 from mffm.distributed import Ranks
 from mffm.errors import InputError
 from mffm.keys import ENERGY
 from mffm.optim import adamw
 from mffm.selftest.trial import (
+    EPS,
     MODELS,
     System,
     engine_of,
     largest,
     largest_difference,
+    over_ranks,
     packed,
     small_rows,
     step_plan,
     trial,
     with_weights,
 )
-from mffm.training import checkpoint
+from mffm.training import sharding
 from mffm.training.loop import train_step
 from mffm.training.quarantine import LossWatch
 from mffm.training.setup import Setup, Trainee
@@ -51,9 +53,6 @@ from mffm.training.setup import Setup, Trainee
 STEPS = 5
 LR = 2e-3
 NEVER = 1e6  # a clip that no gradient reaches
-# AdamW divides a gradient by its own size: at eps 1e-8 one that is only rounding moves its weight by a whole lr, in
-# either direction, on any two machines. With 1e-3 (of gradients of the order of 1) the update is smooth there.
-EPS = 1e-3
 
 Deal = Callable[[int, int, int, int], list[int]]  # rank, microbatch, ranks, microbatches → fidelities of its systems
 
@@ -163,20 +162,27 @@ def through_engine(
 
     engine.step = step_and_keep
     norms = [train_step(engine, setup, plan, batches, ranks, LR, LossWatch(None))[1] for _ in range(STEPS)]
-    parameters = checkpoint.master_weights(engine, setup.potential)
+    parameters = sharding.master_weights(engine, setup.potential)
     engine.destroy()
     return gradients, norms[0], parameters
 
 
-def over_ranks(values: list[float], device: torch.device) -> list[float]:
-    """Return the largest of each value over the ranks; NaN wins."""
-    table = torch.tensor([v if v == v else float("inf") for v in values], dtype=torch.float64, device=device)
-    dist.all_reduce(table, op=dist.ReduceOp.MAX)
-    return table.tolist()
+def variants(stages: list[int], offloads: list[str]) -> list[dict[str, Any]]:
+    """Return the DeepSpeed sections to try: every stage, and each kind of offloading where the schema allows it."""
+    sections = [{"zero_stage": stage, "offload": "none"} for stage in stages]
+    for stage, offload in product(stages, offloads):
+        try:
+            DeepSpeedSection.model_validate({"zero_stage": stage, "offload": offload})
+        except ValueError:
+            continue
+        sections.append({"zero_stage": stage, "offload": offload})
+    return sections
 
 
-def matrix(store: str, stages: list[int], bound: float, ranks: Ranks, device: torch.device) -> Iterator[dict[str, Any]]:
-    """Yield one row for each combination, the same on every rank."""
+def matrix(
+    store: str, sections: list[dict[str, Any]], bound: float, ranks: Ranks, device: torch.device
+) -> Iterator[dict[str, Any]]:
+    """Yield one row for each combination, the same on every rank. Offloading is tried where clipping is."""
     optim = {"lr": LR, "eps": EPS, "clip": NEVER}
     for model in MODELS:
         base = trial(store, model, "selftest", optim=optim)
@@ -194,9 +200,11 @@ def matrix(store: str, stages: list[int], bound: float, ranks: Ranks, device: to
                 reference = one_process(with_weights(base, weights, device), systems, clip, device)
                 assert min(reference.norms) > clip, "the clip bites at every step"
             way = largest_difference(reference.parameters, weights)
-            for stage in stages:
+            for section in sections:
+                if section["offload"] != "none" and case != "clipped":
+                    continue
                 started = time.perf_counter()
-                setup = with_weights(base, weights, device, deepspeed={"zero_stage": stage}, optim={"clip": clip})
+                setup = with_weights(base, weights, device, deepspeed=section, optim={"clip": clip})
                 gradients, norm, parameters = through_engine(
                     setup, step_plan(base, systems), batches[ranks.rank], ranks
                 )
@@ -209,7 +217,8 @@ def matrix(store: str, stages: list[int], bound: float, ranks: Ranks, device: to
                 ]
                 errors = over_ranks(errors, device)
                 yield {
-                    "stage": stage,
+                    "stage": section["zero_stage"],
+                    "offload": section["offload"],
                     "model": model,
                     "case": case,
                     "microbatches": n_microbatches,
@@ -225,7 +234,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("store", help="a store with two fidelities that have energies and forces")
     parser.add_argument("output", type=Path, help="JSON: a list with one object for each combination")
-    parser.add_argument("--stages", default="0,1,2", help="ZeRO stages")
+    parser.add_argument("--stages", default="0,1,2,3", help="ZeRO stages")
+    parser.add_argument("--offload", default="", help="kinds of deepspeed.offload to try besides, with commas")
     parser.add_argument("--bound", type=float, default=1e-5, help="largest relative error that passes")
     arguments = parser.parse_args()
     stages = [int(s) for s in arguments.stages.split(",")]
@@ -233,13 +243,15 @@ def main() -> None:
     if ranks.world_size < 2:
         raise InputError("the parity of ranks needs two or more; start it with torchrun or srun")
     device = distributed.start(ranks)
+    sections = variants(stages, [o for o in arguments.offload.split(",") if o])
     rows = []
-    for row in matrix(arguments.store, stages, arguments.bound, ranks, device):
+    for row in matrix(arguments.store, sections, arguments.bound, ranks, device):
         rows.append(row)
         if ranks.is_main:
+            offload = "" if row["offload"] == "none" else f", offload {row['offload']}"
             print(
-                f"{'passed' if row['passed'] else 'FAILED'}  ZeRO {row['stage']}  {row['model']}, {row['case']}, "
-                f"{row['microbatches']} microbatch(es): gradient {row['gradient_error']:.1e}, "
+                f"{'passed' if row['passed'] else 'FAILED'}  ZeRO {row['stage']}{offload}  {row['model']}, "
+                f"{row['case']}, {row['microbatches']} microbatch(es): gradient {row['gradient_error']:.1e}, "
                 f"parameters {row['parameter_error']:.1e}, {row['seconds']:.2f} s",
                 flush=True,
             )

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from mffm.batch import Batch
@@ -29,6 +30,9 @@ MODELS: dict[str, dict[str, Any]] = {
     "independent": {"conditioning": {"kind": "none"}, "heads": {"kind": "independent", "hidden": [8]}},
     "conditioning": {"conditioning": {"kind": "onehot"}, "heads": {"kind": "shared", "hidden": [8]}},
 }
+# AdamW divides a gradient by its own size: at eps 1e-8 one that is only rounding moves its weight by a whole lr, in
+# either direction, on any two machines. With 1e-3 (of gradients of the order of 1) the update is smooth there.
+EPS = 1e-3
 BOTH: tuple[Property, ...] = (ENERGY, FORCES)
 
 
@@ -51,12 +55,13 @@ def two_fidelities(store: Store) -> list[str]:
     return names[:2]
 
 
-def trial(store_path: str, model: str, run: str, **sections: Any) -> Setup:
+def trial(store_path: str, model: str, run: str, plan: Mapping[str, Any] | None = None, **sections: Any) -> Setup:
     """Return a tiny run on two fidelities of a store, prepared like any other.
 
     Args:
         model: key of ``MODELS``.
         run: folder of the run; nothing is written there.
+        plan: of the recipe's section of this name, merged over the trial's.
         sections: of the recipe, merged over the trial's.
     """
     store = Store(store_path)
@@ -64,7 +69,10 @@ def trial(store_path: str, model: str, run: str, **sections: Any) -> Setup:
     recipe: dict[str, Any] = {
         "name": "selftest",
         "run": run,
-        "data": {"store": store_path, "plan": {"pools": pools, "edge_budget": 1000, "oversize": "single"}},
+        "data": {
+            "store": store_path,
+            "plan": {"pools": pools, "edge_budget": 1000, "oversize": "single", **(plan or {})},
+        },
         "model": {"backbone": {"cutoff": cutoff_of(store), **BACKBONE}, **MODELS[model]},
         "train": {"steps": 1000},
         "log": {"wandb": "disabled"},
@@ -136,10 +144,17 @@ def engine_of(setup: Setup, ranks: Ranks, n_microbatches: int) -> Any:
 
 
 def largest_difference(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> float:
-    """Return max |a - b| over all entries of all tensors."""
-    return max(float((a[name].cpu() - b[name].cpu()).abs().max()) for name in b)
+    """Return max |a - b| over all entries of all tensors; NaN where there is one."""
+    return largest({name: a[name].cpu() - b[name].cpu() for name in b})
 
 
 def largest(a: Mapping[str, Tensor]) -> float:
-    """Return max |a| over all entries of all tensors."""
-    return max(float(value.abs().max()) for value in a.values())
+    """Return max |a| over all entries of all tensors; NaN where there is one."""
+    return float(torch.stack([value.detach().abs().max().cpu() for value in a.values()]).max())
+
+
+def over_ranks(values: list[float], device: torch.device) -> list[float]:
+    """Return the largest of each value over the ranks; NaN wins."""
+    table = torch.tensor([v if v == v else float("inf") for v in values], dtype=torch.float64, device=device)
+    dist.all_reduce(table, op=dist.ReduceOp.MAX)
+    return table.tolist()
