@@ -11,6 +11,7 @@ parameters after the last step. ``update_error``: the same difference by the lon
 """
 
 import argparse
+import gc
 import json
 import os
 import sys
@@ -243,6 +244,7 @@ def main() -> None:
     if ranks.world_size < 2:
         raise InputError("the parity of ranks needs two or more; start it with torchrun or srun")
     device = distributed.start(ranks)
+    gc.freeze()  # DeepSpeed collects whenever an engine ends: half a second each for what the imports made
     sections = variants(stages, [o for o in arguments.offload.split(",") if o])
     rows = []
     for row in matrix(arguments.store, sections, arguments.bound, ranks, device):

@@ -12,6 +12,7 @@ One leg of a run on changing ranks, for every stage: the first call starts in th
 """
 
 import argparse
+import gc
 import json
 import os
 import sys
@@ -176,6 +177,7 @@ def main() -> None:
     if arguments.elastic is None and ranks.world_size < 2:
         raise InputError("sharding needs two or more ranks; start it with torchrun or srun")
     device = distributed.start(ranks)
+    gc.freeze()  # DeepSpeed collects whenever an engine ends: half a second each for what the imports made
     base = trial(arguments.store, "independent", "selftest", optim=OPTIM, plan=PLAN)
     weights = {k: v.clone() for k, v in base.potential.state_dict().items()}
 
