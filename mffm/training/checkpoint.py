@@ -12,6 +12,7 @@ DeepSpeed's own formats are not general across world sizes and stages; this one 
 
 import os
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -41,10 +42,12 @@ def save(folder: Path, engine: Any, module: nn.Module, ema: MovingAverage, state
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
         try:
-            write_weights(aside / "model.safetensors", weights)
-            write_weights(aside / "ema.safetensors", average)
-            write_weights(aside / "optimizer.safetensors", moments)
-            digests = {name: sha256(aside / name) for name in TENSOR_FILES}
+            with ThreadPoolExecutor(1) as pool:  # hashes a file while the next is written; it takes about as long
+                hashing = {}
+                for name, tensors in zip(TENSOR_FILES, (weights, average, moments), strict=True):
+                    write_weights(aside / name, tensors)
+                    hashing[name] = pool.submit(sha256, aside / name)
+            digests = {name: result.result() for name, result in hashing.items()}
             write_json(
                 aside / "state.json", {"format_version": FORMAT_VERSION, "sha256": digests, "state": state.to_dict()}
             )

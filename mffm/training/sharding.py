@@ -62,9 +62,12 @@ def _whole(parameter: Any, value: Tensor) -> Tensor:
 
 def master_weights(engine: Any, module: nn.Module) -> dict[str, Tensor]:
     """Return the full float32 weights by name, on CPU. Every rank must call this."""
-    stage = engine.zero_optimization_stage()
-    full = {n: p if stage == 0 else safe_get_full_fp32_param(p) for n, p in module.named_parameters()}
-    return {n: value.detach().cpu().float().clone() for n, value in full.items()}
+    # up to stage 2 a float32 weight is its master, and needs no communication
+    here = engine.zero_optimization_stage() < 3
+    full = {
+        n: p if here and p.dtype == torch.float32 else safe_get_full_fp32_param(p) for n, p in module.named_parameters()
+    }
+    return {n: value.detach().to("cpu", torch.float32, copy=True) for n, value in full.items()}
 
 
 def moments(engine: Any, module: nn.Module) -> dict[str, Tensor]:
@@ -76,7 +79,7 @@ def moments(engine: Any, module: nn.Module) -> dict[str, Tensor]:
     for name, p in module.named_parameters():
         for key in MOMENTS:
             value = engine.optimizer.state[p][key] if stage == 0 else safe_get_full_optimizer_state(p, key)
-            values[f"{key}/{name}"] = value.detach().cpu().clone()
+            values[f"{key}/{name}"] = value.detach().to("cpu", copy=True)
     return values
 
 
