@@ -347,6 +347,11 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         raise InputError(f"{path}: not a whole safetensors file ({error}); copy it again") from error
 
 
+def _alone(tensor: Tensor) -> Tensor:
+    """Return a tensor that fills its storage, as safetensors wants: itself, or a copy of a part of another."""
+    return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
+
+
 def write_weights(path: Path, state: Mapping[str, Tensor]) -> None:
     """Write tensors aside, fsync, and rename: a half-written file never has the final name.
 
@@ -355,7 +360,7 @@ def write_weights(path: Path, state: Mapping[str, Tensor]) -> None:
     """
     aside = path.with_name(path.name + ".partial")
     try:
-        save_file({k: v.detach().cpu().contiguous().clone() for k, v in state.items()}, aside)
+        save_file({k: _alone(v.detach().cpu().contiguous()) for k, v in state.items()}, aside)
         with aside.open("rb") as file:
             os.fsync(file.fileno())
         os.replace(aside, path)

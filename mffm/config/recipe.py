@@ -154,8 +154,28 @@ class TrainSection(Schema):
 class DeepSpeedSection(Schema):
     """What of DeepSpeed the recipe chooses; the rest of its JSON is generated."""
 
-    zero_stage: Literal[0, 1, 2] = Field(0, description="0: replicated; 1: optimiser state sharded; 2: and gradients")
+    zero_stage: Literal[0, 1, 2, 3] = Field(
+        0, description="0: replicated; 1: optimiser state sharded; 2: and gradients; 3: and weights between steps"
+    )
+    offload: Literal["none", "optimizer", "optimizer_and_parameters"] = Field(
+        "none",
+        description="to the memory of the CPU: AdamW's state and its update (stages 1 to 3), and the weights between "
+        "steps (stage 3)",
+    )
     overrides: dict[str, Any] = Field(default_factory=dict, description="merged over the generated JSON, for experts")
+
+    @model_validator(mode="after")
+    def _checks(self) -> "DeepSpeedSection":
+        if self.offload == "optimizer" and self.zero_stage == 0:
+            raise ValueError(
+                "offload: optimizer needs zero_stage 1, 2 or 3: at 0 DeepSpeed leaves the optimiser state where it is"
+            )
+        if self.offload == "optimizer_and_parameters" and self.zero_stage < 3:
+            raise ValueError(
+                f"offload: optimizer_and_parameters needs zero_stage 3: at {self.zero_stage} every rank holds all "
+                "weights on its device; take offload: optimizer or zero_stage: 3"
+            )
+        return self
 
 
 class LogSection(Schema):

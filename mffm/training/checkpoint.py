@@ -7,56 +7,26 @@
         state.json             TrainState, format version, SHA-256 of the three
     checkpoints/latest         name of the newest one, moved last
 
-DeepSpeed's own formats are not general across world sizes and stages; this one goes through ``safe_get_full_*``.
+DeepSpeed's own formats are not general across world sizes and stages; this one holds full tensors.
 """
 
 import os
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import torch
-from deepspeed.utils import (
-    lazy_init_hp_params_optimizer_state,
-    safe_get_full_fp32_param,
-    safe_get_full_optimizer_state,
-    safe_set_full_fp32_param,
-    safe_set_full_optimizer_state,
-)
-from torch import Tensor, nn
+from torch import nn
 
 from mffm import distributed
 from mffm.errors import InputError
 from mffm.optim import MovingAverage
 from mffm.release import read_json, read_weights, sha256, write_json, write_weights
+from mffm.training import sharding
 from mffm.training.state import TrainState
 
 FORMAT_VERSION = 1
 TENSOR_FILES = ("model.safetensors", "ema.safetensors", "optimizer.safetensors")
-OPTIMIZER_STATES = ("exp_avg", "exp_avg_sq")  # AdamW
-
-
-def master_weights(engine: Any, module: nn.Module) -> dict[str, Tensor]:
-    """Return the full float32 weights by name, on CPU. Collective for stages 1 and 2."""
-    return {name: _full(engine, p, None).detach().cpu().float().clone() for name, p in module.named_parameters()}
-
-
-def _full(engine: Any, parameter: nn.Parameter, state: str | None) -> Tensor:
-    if engine.zero_optimization_stage() == 0:
-        return parameter if state is None else engine.optimizer.state[parameter][state]
-    value = safe_get_full_fp32_param(parameter) if state is None else safe_get_full_optimizer_state(parameter, state)
-    assert value is not None, "DeepSpeed holds no full-precision value"
-    return value
-
-
-def _link_states(engine: Any) -> None:
-    """Let ``safe_get_full_optimizer_state`` find the state of every parameter group.
-
-    DeepSpeed 0.19.8 links once, after the step of the *first* group, when the others have no state yet.
-    """
-    optimizer = engine.optimizer
-    for parameters, flat in zip(optimizer.bit16_groups, optimizer.single_partition_of_fp32_groups, strict=True):
-        lazy_init_hp_params_optimizer_state(parameters, flat, optimizer.optimizer.state)
 
 
 def save(folder: Path, engine: Any, module: nn.Module, ema: MovingAverage, state: TrainState, keep: int) -> Path:
@@ -64,24 +34,20 @@ def save(folder: Path, engine: Any, module: nn.Module, ema: MovingAverage, state
 
     A half-written one keeps its ``.partial`` name and is never loaded; ``latest`` moves last.
     """
-    weights = master_weights(engine, module)
-    if engine.zero_optimization_stage() > 0:
-        _link_states(engine)
-    moments = {
-        f"{key}/{name}": _full(engine, p, key).detach().cpu().clone()
-        for name, p in module.named_parameters()
-        for key in OPTIMIZER_STATES
-    }
+    weights, moments = sharding.master_weights(engine, module), sharding.moments(engine, module)
+    average = sharding.whole(module, ema.weights)
     path = folder / f"step-{state.step:08d}"
     if distributed.ranks_from_environment().is_main:
         aside = path.with_name(path.name + ".partial")
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
         try:
-            write_weights(aside / "model.safetensors", weights)
-            write_weights(aside / "ema.safetensors", ema.weights)
-            write_weights(aside / "optimizer.safetensors", moments)
-            digests = {name: sha256(aside / name) for name in TENSOR_FILES}
+            with ThreadPoolExecutor(1) as pool:  # hashes a file while the next is written; it takes about as long
+                hashing = {}
+                for name, tensors in zip(TENSOR_FILES, (weights, average, moments), strict=True):
+                    write_weights(aside / name, tensors)
+                    hashing[name] = pool.submit(sha256, aside / name)
+            digests = {name: result.result() for name, result in hashing.items()}
             write_json(
                 aside / "state.json", {"format_version": FORMAT_VERSION, "sha256": digests, "state": state.to_dict()}
             )
@@ -162,32 +128,12 @@ def restore(path: Path, engine: Any, module: nn.Module, ema: MovingAverage, stat
     names = [name for name, _ in module.named_parameters()]
     for found, wanted in (
         (set(weights), set(names)),
-        (set(moments), {f"{k}/{n}" for n in names for k in OPTIMIZER_STATES}),
+        (set(moments), {f"{k}/{n}" for n in names for k in sharding.MOMENTS}),
     ):
         if found != wanted:
             raise InputError(
                 f"{path}: its tensors are of another model; first differing one: {sorted(found ^ wanted)[0]}"
             )
-    device = next(module.parameters()).device
-    stage = engine.zero_optimization_stage()
-    inner = engine.optimizer if stage == 0 else engine.optimizer.optimizer
-    for group in inner.param_groups:
-        for p in group["params"]:  # what AdamW makes at its first step
-            inner.state[p] = {
-                "step": torch.tensor(float(state.step)),
-                **{k: torch.zeros_like(p) for k in OPTIMIZER_STATES},
-            }
-    if stage > 0:
-        _link_states(engine)
-    with torch.no_grad():
-        for name, p in module.named_parameters():
-            p.copy_(weights[name])
-            if stage > 0:
-                safe_set_full_fp32_param(p, weights[name].to(device))
-            for key in OPTIMIZER_STATES:
-                value = moments[f"{key}/{name}"].to(device)
-                if stage == 0:
-                    inner.state[p][key].copy_(value)
-                else:
-                    safe_set_full_optimizer_state(p, value, key)
-    ema.load({k: v.to(device) for k, v in read_weights(path / "ema.safetensors").items()}, state.ema_updates)
+    sharding.set_weights(engine, module, weights)
+    sharding.set_moments(engine, module, moments, state.step)
+    ema.load(sharding.shards(module, read_weights(path / "ema.safetensors")), state.ema_updates)

@@ -1,10 +1,12 @@
 """The training loop: build → restore → step, validate, save → final save. One loop, top to bottom."""
 
+import json
 import logging
 import math
 import os
 import signal
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -23,7 +25,7 @@ from mffm.data.plan import Cursor, StepPlan
 from mffm.errors import InputError, known
 from mffm.optim import MovingAverage, adamw, learning_rate
 from mffm.release import PotentialSpec, code_version, write_json, write_text, write_weights
-from mffm.training import checkpoint
+from mffm.training import checkpoint, sharding
 from mffm.training.log import RunLog, run_facts
 from mffm.training.quarantine import LossWatch, SickStepError, write_bundle
 from mffm.training.setup import Setup, Trainee, deepspeed_config, prepare, use_precision
@@ -82,7 +84,7 @@ def _run(recipe: Recipe, run: Path, resume: bool) -> Outcome:
     engine = _engine(trainee, recipe, ds_config)
     module = setup.potential
     evaluated = setup.spec.build().to(device).requires_grad_(False)
-    ema = MovingAverage(module.named_parameters(), recipe.optim.ema_decay)
+    ema = MovingAverage(sharding.own_weights(module).items(), recipe.optim.ema_decay)
     state = TrainState(0, setup.plan.start().to_dict(), setup.plan.fingerprint, ranks.world_size)
     if saved is not None:
         state = _restore(saved[0], saved[1], setup, engine, ema, ranks.world_size)
@@ -106,8 +108,9 @@ def _run(recipe: Recipe, run: Path, resume: bool) -> Outcome:
             try:
                 parts, norm = train_step(engine, setup, plan, batches, ranks, lr, watch)
             except SickStepError as sick:
-                raise write_bundle(run, setup, plan, state.step, str(sick), ranks) from sick
-            ema.update(module.named_parameters())
+                weights = sharding.master_weights(engine, module)
+                raise write_bundle(run, setup, plan, state.step, str(sick), ranks, weights) from sick
+            ema.update(sharding.own_weights(module).items())
             _advance(state, setup, plan, cursor, ema)
             last = state.step == recipe.train.steps
             stop = distributed.any_rank(interrupted(), device)
@@ -115,7 +118,7 @@ def _run(recipe: Recipe, run: Path, resume: bool) -> Outcome:
                 seconds = time.perf_counter() - started
                 _log_step(log, setup, plan, state.step, parts, lr, norm, seconds)
             if state.step % recipe.train.validate_every == 0 or last:
-                evaluated.load_state_dict(ema.weights)
+                evaluated.load_state_dict(sharding.whole(module, ema.weights))
                 _keep_best(run, validator(evaluated), state, evaluated, recipe, log, ranks)
                 if _out_of_patience(state, recipe):
                     ended = "stopped_early"
@@ -123,9 +126,10 @@ def _run(recipe: Recipe, run: Path, resume: bool) -> Outcome:
                 checkpoint.save(run / "checkpoints", engine, module, ema, state, recipe.train.keep)
             if stop and not last and ended == "finished":
                 ended = "interrupted"
+        average, raw = sharding.whole(module, ema.weights), sharding.master_weights(engine, module)
         if ranks.is_main:
-            write_weights(run / "weights" / "last.safetensors", ema.weights)
-            write_weights(run / "weights" / "raw.safetensors", dict(module.named_parameters()))
+            write_weights(run / "weights" / "last.safetensors", average)
+            write_weights(run / "weights" / "raw.safetensors", raw)
         log.ended(ended)
         log.say(f"{ended} at step {state.step}")
     distributed.barrier()
@@ -146,7 +150,7 @@ def _validator(setup: Setup, table: torch.Tensor, ranks: distributed.Ranks) -> V
 
 def _open_log(run: Path, setup: Setup, state: TrainState, ranks: distributed.Ranks) -> RunLog:
     recipe = setup.recipe
-    versions = {"n_parameters": setup.potential.n_parameters, "world_size": ranks.world_size}
+    versions = {"n_parameters": setup.n_parameters, "world_size": ranks.world_size}
     return RunLog(
         run, recipe.log, recipe.train.steps, state.step, recipe.name, recipe.model_dump(mode="json"), state.wandb_id,
         ranks.is_main, facts=run_facts(setup.spec, code_version(), **versions),
@@ -171,27 +175,28 @@ def train_step(
         the global loss by part, [n_properties, n_fidelities]; the gradient's norm before clipping.
 
     Raises:
-        SickStepError: on all ranks alike, before the weights change (from ZeRO 1 on after it, if only the gradient is
-            not finite: DeepSpeed knows its norm no earlier).
+        SickStepError: on all ranks alike, before the weights change. From ZeRO 1 on DeepSpeed tells that a gradient is
+            not finite; it leaves the weights as they are then.
     """
     engine.train()
     for group in engine.optimizer.param_groups:
         group["lr"] = lr
     divisors = setup.loss.divisors(plan.counts, setup.plan.expected_counts).to(engine.device)
-    replicated = engine.zero_optimization_stage() == 0
+    stage = engine.zero_optimization_stage()
     parts, norm = torch.zeros_like(divisors), 0.0
     for i, batch in enumerate(batches):
-        loss, part = engine(batch.to(engine.device, non_blocking=True), divisors)
+        anchor = (torch.zeros((), device=engine.device, requires_grad=True),) if stage == 3 else ()
+        loss, part = engine(batch.to(engine.device, non_blocking=True), divisors, *anchor)
         engine.backward(loss * (ranks.world_size * len(batches)))
         parts += part
         if i == len(batches) - 1:
             parts = distributed.sum_over_ranks(parts)
-            if replicated:  # DeepSpeed keeps the norm of its own optimisers only
+            if stage == 0:  # DeepSpeed keeps the norm of its own optimisers only
                 gradients = [p.grad for p in setup.potential.parameters() if p.grad is not None]
                 norm = float(torch.nn.utils.get_total_norm(gradients, foreach=True))
             watch.check(float(parts.sum()), norm)
         engine.step()
-    if not replicated:
+    if stage > 0:
         norm = float(engine.get_global_grad_norm() or 0.0)
         if not math.isfinite(norm):
             raise SickStepError("the gradient is not finite")
@@ -207,7 +212,12 @@ def _engine(trainee: Trainee, recipe: Recipe, ds_config: dict[str, Any]) -> Any:
     # Used by inference only, but compiled at every start on a CPU, where it needs a C++ compiler and half a minute.
     __compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.utils.logger.setLevel(logging.WARNING)
-    return deepspeed.initialize(model=trainee, optimizer=adamw(trainee.potential, recipe.optim), config=ds_config)[0]
+    # of DeepSpeed 0.19.8's own calls, at every step
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+_tensor` is deprecated", FutureWarning)
+    optimizer = adamw(trainee.potential, recipe.optim)
+    if recipe.deepspeed.zero_stage == 3:
+        deepspeed.utils.set_z3_leaf_modules(trainee, [Trainee])
+    return deepspeed.initialize(model=trainee, optimizer=optimizer, config=ds_config)[0]
 
 
 def _out_of_patience(state: TrainState, recipe: Recipe) -> bool:
@@ -289,11 +299,15 @@ def _say_start(log: RunLog, setup: Setup, ranks: distributed.Ranks, n_microbatch
         f"{name}: " + ", ".join(f"{n:,} {p}" for p, n in counts.items())
         for name, counts in setup.spec.label_counts.items()
     )
+    section = setup.recipe.deepspeed
+    offload = "" if section.offload == "none" else f", offload {section.offload}"
     log.say(
-        f"{setup.recipe.name}: {setup.potential.n_parameters:,} parameters, {ranks.world_size} rank(s) × "
+        f"{setup.recipe.name}: {setup.n_parameters:,} parameters, {ranks.world_size} rank(s) × "
         f"{n_microbatches} microbatch(es), "
-        f"ZeRO {setup.recipe.deepspeed.zero_stage}; labels {labels}"
+        f"ZeRO {section.zero_stage}{offload}; labels {labels}"
     )
+    if section.overrides:
+        log.say(f"merged over the generated deepspeed.json: {json.dumps(section.overrides)}")
     for name, n in setup.plan.oversize.items():
         if n:
             log.say(

@@ -7,12 +7,14 @@ quarantine/step-00000123/
 
 import math
 from collections import deque
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from mffm.batch import reference_energy
 from mffm.config.base import validate
@@ -63,8 +65,10 @@ class LossWatch:
         self._recent.append(loss)
 
 
-def write_bundle(run: Path, setup: Setup, plan: StepPlan, step: int, reason: str, ranks: Ranks) -> InputError:
-    """Write the replay bundle of a step and return the error that stops the run."""
+def write_bundle(
+    run: Path, setup: Setup, plan: StepPlan, step: int, reason: str, ranks: Ranks, weights: Mapping[str, Tensor]
+) -> InputError:
+    """Write the replay bundle of a step, begun with these weights, and return the error that stops the run."""
     folder = run / "quarantine" / f"step-{step:08d}"
     if ranks.is_main:
         folder.mkdir(parents=True, exist_ok=True)
@@ -76,7 +80,7 @@ def write_bundle(run: Path, setup: Setup, plan: StepPlan, step: int, reason: str
             }
             for row, f, live in zip(plan.rows, plan.fidelity_idx, plan.live.tolist(), strict=True)
         ]
-        write_weights(folder / "model.safetensors", setup.potential.state_dict())
+        write_weights(folder / "model.safetensors", weights)
         store = {"store": str(setup.store.path.resolve()), "layers": setup.recipe.data.layers}
         write_json(folder / "bundle.json", {"step": step, "reason": reason, **store, "systems": systems})
     return InputError(

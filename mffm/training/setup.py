@@ -1,7 +1,7 @@
 """What a run is made of before its first step: data, element references, potential, DeepSpeed's JSON."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -38,6 +38,10 @@ class Setup:
     spec: PotentialSpec
     potential: Potential
     used: dict[tuple[int, Property], int]
+    n_parameters: int = field(init=False)  # of the potential, which holds empty tensors once ZeRO 3 has sharded it
+
+    def __post_init__(self) -> None:
+        self.n_parameters = self.potential.n_parameters
 
 
 def prepare(recipe: Recipe, saved: PotentialSpec | None = None) -> Setup:
@@ -208,10 +212,27 @@ def use_precision(potential: Potential, config: TrainSection) -> None:
     backbone.recompute = config.activation_checkpointing
 
 
+class _Together(torch.autograd.Function):
+    """The identity of parameters, whose backward waits for the gradients of all; the anchor's, a zero, comes last."""
+
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(anchor)
+        return tuple(p.view_as(p) for p in parameters)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, ...]:
+        return torch.zeros_like(ctx.saved_tensors[0]), *gradients
+
+
 class Trainee(nn.Module):
     """The module given to DeepSpeed: energy, its derivatives and the loss in one forward.
 
     Derivatives outside of the engine's forward would run through its output hooks and fail or go wrong silently.
+
+    ZeRO 3 frees the weights of a module when the gradients of the module's inputs are there. An inner derivative would
+    set that off too early, so there the whole trainee is one leaf module, whose only input with a gradient is an anchor
+    that gets it after all parameters have theirs.
     """
 
     def __init__(self, potential: Potential, loss: Loss, reference_table: Tensor):
@@ -220,9 +241,19 @@ class Trainee(nn.Module):
         self.loss = loss
         self.reference_table = reference_table  # a plain attribute: a float64 that no engine casts
 
-    def forward(self, batch: Batch, divisors: Tensor) -> tuple[Tensor, Tensor]:
-        """Return this microbatch's share of the global loss and its parts per (property, fidelity)."""
-        prediction = self.potential(batch, forces=self.loss.needs_forces, stress=self.loss.needs_stress)
+    def forward(self, batch: Batch, divisors: Tensor, anchor: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Return this microbatch's share of the global loss and its parts per (property, fidelity).
+
+        Args:
+            anchor: at ZeRO 3 a scalar that requires grad.
+        """
+        wanted = {"forces": self.loss.needs_forces, "stress": self.loss.needs_stress}
+        if anchor is None:
+            prediction = self.potential(batch, **wanted)
+        else:
+            names, parameters = zip(*self.potential.named_parameters(), strict=True)
+            together = dict(zip(names, _Together.apply(anchor, *parameters), strict=True))
+            prediction = torch.func.functional_call(self.potential, together, (batch,), wanted)
         reference = torch.nan_to_num(reference_energy(batch, self.reference_table))
         loss, parts = self.loss(prediction, batch, reference, divisors)
         # 0 × energy: a loss of forces alone must reach the heads' last biases too, the same parameters on every rank.
@@ -232,13 +263,19 @@ class Trainee(nn.Module):
 def deepspeed_config(recipe: Recipe, ranks: Ranks, n_microbatches: int) -> dict[str, Any]:
     """Return DeepSpeed's JSON: generated from the recipe, with the recipe's overrides merged over it."""
     _refuse_overrides(recipe.deepspeed.overrides)
+    zero: dict[str, Any] = {"stage": recipe.deepspeed.zero_stage, "overlap_comm": False}
+    if recipe.deepspeed.offload != "none":
+        zero["offload_optimizer"] = {"device": "cpu"}
+    if recipe.deepspeed.offload == "optimizer_and_parameters":
+        zero["offload_param"] = {"device": "cpu"}
     generated = {
         "train_micro_batch_size_per_gpu": 1,  # a microbatch is one packed Batch
         "gradient_accumulation_steps": n_microbatches,
         "train_batch_size": n_microbatches * ranks.world_size,
         "gradient_clipping": recipe.optim.clip,
-        "zero_optimization": {"stage": recipe.deepspeed.zero_stage, "overlap_comm": False},
+        "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,  # its own AdamW for offloading needs a C++ compiler; torch's is exact
         "steps_per_print": 2**31 - 1,
         "wall_clock_breakdown": False,
     }
@@ -252,6 +289,7 @@ RECIPE_KEYS = {
     "gradient_accumulation_steps": "data.plan.edges_per_microbatch",
     "gradient_clipping": "optim.clip",
     "zero_optimization.stage": "deepspeed.zero_stage",
+    "zero_force_ds_cpu_optimizer": "deepspeed.offload",
     "optimizer": "optim",
     "scheduler": "optim",
     # DeepSpeed casts all weights, and so the functions of distance: no smooth energies. Autocast breaks our Functions.
