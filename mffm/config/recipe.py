@@ -141,6 +141,12 @@ class TrainSection(Schema):
     )
     threads: int | None = Field(None, ge=1, description="CPU threads of a rank; None: torch's default")
     log_every: int = Field(20, ge=1)
+    collective_timeout_seconds: float = Field(
+        600.0,
+        gt=0,
+        description="a rank that waits longer for the others ends with a report; above the slowest step, validation "
+        "or save, as rank 0 alone writes while the others wait",
+    )
 
 
 class DeepSpeedSection(Schema):

@@ -24,6 +24,7 @@ from mffm.errors import InputError, known
 from mffm.optim import MovingAverage, adamw, learning_rate
 from mffm.release import PotentialSpec, code_version, write_json, write_text, write_weights
 from mffm.training import checkpoint
+from mffm.training.faults import Faults
 from mffm.training.log import RunLog, run_facts
 from mffm.training.quarantine import LossWatch, SickStepError, write_bundle
 from mffm.training.setup import Setup, Trainee, deepspeed_config, prepare
@@ -68,7 +69,13 @@ def _run(recipe: Recipe, run: Path, resume: bool) -> Outcome:
     if recipe.train.threads:
         torch.set_num_threads(recipe.train.threads)
     ranks = distributed.ranks_from_environment()
-    device = distributed.start(ranks)
+    with Faults(run, ranks) as faults:
+        return _run_as_rank(recipe, run, resume, ranks, faults)
+
+
+def _run_as_rank(recipe: Recipe, run: Path, resume: bool, ranks: distributed.Ranks, faults: Faults) -> Outcome:
+    device = distributed.start(ranks, recipe.train.collective_timeout_seconds)
+    faults.joined()
     saved = checkpoint.newest_whole(run / "checkpoints") if resume else None
     setup = prepare(recipe, PotentialSpec.read(run / "potential")[0] if saved else None)
     recipe = setup.recipe
@@ -91,7 +98,8 @@ def _run(recipe: Recipe, run: Path, resume: bool) -> Outcome:
         rank=ranks.rank, world_size=ranks.world_size, last_step=recipe.train.steps,
     )  # fmt: skip
     log = _open_log(run, setup, state, ranks)
-    with log, loader, _interrupt_flag() as interrupted:
+    faults.step = lambda: state.step
+    with log, loader, _interrupt_flag() as interrupted, faults:
         state.wandb_id = log.wandb_id
         _say_start(log, setup, ranks, n_microbatches)
         if saved is not None:
