@@ -15,7 +15,9 @@ from mffm.errors import InputError, told
 
 if TYPE_CHECKING:
     from mffm.config.base import Schema
+    from mffm.config.recipe import Recipe
     from mffm.training.loop import Outcome
+    from mffm.training.preflight import Check
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -145,18 +147,33 @@ def references(
 def train(
     recipe: Annotated[Path, typer.Argument(help="recipe YAML")],
     overrides: Annotated[list[str] | None, typer.Argument(help="key.key=value, e.g. train.steps=2000")] = None,
+    preflight: Annotated[
+        bool, typer.Option("--preflight", help="only check: ranks, network, disk, memory of the largest batch")
+    ] = False,
 ) -> None:
     """Train a potential. On several ranks: torchrun --nproc-per-node N -m mffm train recipe.yaml"""
     from mffm.training import faults
 
-    def run() -> "Outcome":
+    def loaded() -> "Recipe":
         from mffm.config.base import load
         from mffm.config.recipe import Recipe
+
+        return load(Recipe, recipe, overrides or [])
+
+    def check() -> "list[Check]":
+        from mffm.training import preflight as module
+
+        return module.only(loaded())
+
+    def run() -> "Outcome":
         from mffm.training import loop
 
-        return loop.train(load(Recipe, recipe, overrides or []))
+        return loop.train(loaded())
 
-    _finish(faults.process(run))
+    if preflight:
+        _show_checks(faults.process(check))
+    else:
+        _finish(faults.process(run))
 
 
 @app.command()
@@ -196,6 +213,22 @@ def replay(
         values = (s.loss, s.energy_error, s.force_error, s.force_label)
         table.add_row(str(s.row), s.frame_id, s.fidelity, str(s.n_atoms), *(f"{v:.4g}" for v in values))
     console.print(table)
+
+
+def _show_checks(checks: "list[Check]") -> None:
+    from mffm.distributed import ranks_from_environment, stop
+
+    stop()
+    problems = [check for check in checks if check.problem]
+    if ranks_from_environment().is_main:
+        table = Table("check", "", "seconds", "found", title="preflight")
+        for check in checks:
+            table.add_row(check.name, "problem" if check.problem else "ok", f"{check.seconds:.2f}", check.value)
+        console.print(table)
+        for check in problems:
+            print(f"problem: {check.name}: {check.problem}", file=sys.stderr, flush=True)
+    if problems:
+        raise typer.Exit(EXIT_INPUT)
 
 
 def _finish(outcome: "Outcome") -> None:

@@ -141,6 +141,11 @@ class TrainSection(Schema):
     )
     threads: int | None = Field(None, ge=1, description="CPU threads of a rank; None: torch's default")
     log_every: int = Field(20, ge=1)
+    preflight: bool = Field(
+        True,
+        description="before the first step, check versions, all-reduce, disk and the memory of the largest batch; "
+        "about the time of one step",
+    )
     collective_timeout_seconds: float = Field(
         600.0,
         gt=0,

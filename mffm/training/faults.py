@@ -109,8 +109,8 @@ class Faults:
         report = replace(self._blank(), what=f"died: {first}", hint="\n".join(rest), tail=lines)
         path, text = report.write(self.run)
         if message is not None:  # without the traceback, which is in the report
-            return f"error: {message}\n(rank {self.ranks.rank} on {report.host}; report: {path})\n"
-        return f"{text}report: {path}\n"
+            return f"rank {self.ranks.rank} on {report.host}, report: {path}\nerror: {message}\n"
+        return f"report: {path}\n{text}"
 
     def _blank(self) -> Report:
         step = None if self.step is None else self.step()
@@ -157,7 +157,7 @@ class Faults:
             tail="".join(traceback.format_exception(error)).splitlines(),
         )  # fmt: skip
         path, text = report.write(self.run)
-        return f"{text}report: {path}\n"
+        return f"report: {path}\n{text}"
 
     def _let_go_first(self, cause: Path) -> None:
         """Wait until the rank of a report has ended: torchrun and srun call the first to end the root cause."""

@@ -23,7 +23,7 @@ from mffm.data.plan import Cursor, StepPlan
 from mffm.errors import InputError, known
 from mffm.optim import MovingAverage, adamw, learning_rate
 from mffm.release import PotentialSpec, code_version, write_json, write_text, write_weights
-from mffm.training import checkpoint
+from mffm.training import checkpoint, preflight
 from mffm.training.faults import Faults
 from mffm.training.log import RunLog, run_facts
 from mffm.training.quarantine import LossWatch, SickStepError, write_bundle
@@ -74,17 +74,24 @@ def _run(recipe: Recipe, run: Path, resume: bool) -> Outcome:
 
 
 def _run_as_rank(recipe: Recipe, run: Path, resume: bool, ranks: distributed.Ranks, faults: Faults) -> Outcome:
+    started = time.perf_counter()
     device = distributed.start(ranks, recipe.train.collective_timeout_seconds)
+    rendezvous_seconds = time.perf_counter() - started
     faults.joined()
     saved = checkpoint.newest_whole(run / "checkpoints") if resume else None
     setup = prepare(recipe, PotentialSpec.read(run / "potential")[0] if saved else None)
     recipe = setup.recipe
     n_microbatches = setup.plan.n_microbatches(ranks.world_size)
     ds_config = deepspeed_config(recipe, ranks, n_microbatches)
-    if ranks.is_main:
-        _write_run_folder(run, setup, ds_config)
     table = setup.spec.reference_table(device)
     trainee = Trainee(setup.potential.to(device), setup.loss, table)
+    checks = []
+    if recipe.train.preflight:
+        cursor = Cursor.from_dict(saved[1].cursor) if saved else setup.plan.start()
+        checks = preflight.check(run, setup, trainee, cursor, ranks, device, rendezvous_seconds)
+        preflight.require(checks)
+    if ranks.is_main:
+        _write_run_folder(run, setup, ds_config)
     engine = _engine(trainee, recipe, ds_config)
     module = setup.potential
     evaluated = setup.spec.build().to(device).requires_grad_(False)
@@ -104,6 +111,8 @@ def _run_as_rank(recipe: Recipe, run: Path, resume: bool, ranks: distributed.Ran
         _say_start(log, setup, ranks, n_microbatches)
         if saved is not None:
             _say_resumed(log, *saved, ranks)
+        if checks:
+            log.say(preflight.summary(checks))
         watch = LossWatch(recipe.train.spike_factor)
         ended = "stopped_early" if _out_of_patience(state, recipe) else "finished"
         while state.step < recipe.train.steps and ended == "finished":
