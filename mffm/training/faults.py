@@ -23,7 +23,7 @@ from typing import NoReturn, TypeVar
 
 from mffm import distributed
 from mffm.errors import InputError, told
-from mffm.failures import START_VARIABLE, Report, first_line, is_cause, is_running, node_name, path_of, reports
+from mffm.failures import LOST, START_VARIABLE, Report, first_line, is_cause, is_running, node_name, path_of, reports
 
 EXIT_INPUT, EXIT_FAILED = 2, 1
 CAUSE_SECONDS = 3.0  # in which the cause reports: it does before its sockets close, the launcher within 0.5 s
@@ -129,6 +129,8 @@ class Faults:
     def _survived(self, error: Exception) -> str:
         """Point to the rank that is the cause; report for it where it cannot itself."""
         mine, processes = node_name(), distributed.processes()
+        self._mark(self.ranks.rank).parent.mkdir(parents=True, exist_ok=True)
+        self._mark(self.ranks.rank).touch()
         # At once: survivors end too. Processes of another machine cannot be seen.
         gone = [r for r, p in enumerate(processes) if p.host == mine and not is_running(p.pid)]
         deadline = time.monotonic() + CAUSE_SECONDS
@@ -143,6 +145,8 @@ class Faults:
                 f"(see its output).\nReported by rank {self.ranks.rank}.",
             )  # fmt: skip
             cause = report.write(self.run)[0]
+        unaware = [r for r in range(self.ranks.world_size) if not self._has_noticed(r)]
+        self._mark(self.ranks.rank).unlink()
         if cause is not None:
             self._let_go_first(cause)
             return (
@@ -150,14 +154,25 @@ class Faults:
                 f"{first_line(cause)}; report: {cause}\n"
             )
         told_by = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        if unaware:
+            names = ", ".join(f"{r} on {processes[r].host}" if processes else str(r) for r in unaware[:8])
+            hint = f"Rank(s) {names} noticed nothing so far: they hang, or are slow, or their machine went down."
+        else:
+            hint = "All ranks noticed the same: the network between them failed."
         report = replace(
-            self._blank(), what=f"lost the other ranks: {told_by}",
-            hint="No rank has reported a cause: the network between them, a machine that went down, or a rank that "
-            "hangs\n(train.collective_timeout_seconds is how long the others wait for it).",
+            self._blank(), what=f"{LOST}: {told_by}",
+            hint=f"{hint}\n(train.collective_timeout_seconds is how long a rank waits for the others.)",
             tail="".join(traceback.format_exception(error)).splitlines(),
         )  # fmt: skip
         path, text = report.write(self.run)
         return f"report: {path}\n{text}"
+
+    def _mark(self, rank: int) -> Path:
+        path = path_of(self.run, self.start, rank)
+        return path.with_name(f".{path.stem}.lost")
+
+    def _has_noticed(self, rank: int) -> bool:
+        return self._mark(rank).exists() or path_of(self.run, self.start, rank).exists()
 
     def _let_go_first(self, cause: Path) -> None:
         """Wait until the rank of a report has ended: torchrun and srun call the first to end the root cause."""

@@ -347,4 +347,5 @@ def _interrupt_flag() -> Iterator[Any]:
         yield lambda: bool(raised)
     finally:
         for s, old in before.items():
-            signal.signal(s, old)
+            if signal.getsignal(s) is handler:  # a rank that failed ignores signals until it has said why
+                signal.signal(s, old)

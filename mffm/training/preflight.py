@@ -132,7 +132,8 @@ def require(checks: list[Check]) -> None:
 
 def summary(checks: list[Check]) -> str:
     """Return the checks as one line of the log."""
-    return f"preflight, {sum(c.seconds for c in checks):.1f} s: " + "; ".join(f"{c.name} {c.value}" for c in checks)
+    shown = "; ".join(f"{c.name} {c.value}" for c in checks if c.name not in ("rendezvous", "versions"))
+    return f"preflight, {sum(c.seconds for c in checks):.1f} s: {shown}"
 
 
 # Checks

@@ -147,6 +147,7 @@ def test_a_lost_link_is_a_report_and_not_a_hang(hosts: Hosts, make_recipe: Calla
         assert path.read_text().startswith(f"rank {rank} of 2 on ")
         assert "lost the other ranks: " in path.read_text()
         assert not is_cause(path)
+    assert any("All ranks noticed the same" in path.read_text() for path in reports)
     saved = (run / "checkpoints" / "latest").read_text().strip()
 
     recipe = run / "recipe.yaml"
