@@ -144,7 +144,7 @@ class TrainSection(Schema):
     preflight: bool = Field(
         True,
         description="before the first step, check versions, all-reduce, disk and the memory of the largest batch; "
-        "about the time of one step",
+        "seconds",
     )
     collective_timeout_seconds: float = Field(
         600.0,

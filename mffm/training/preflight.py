@@ -109,7 +109,7 @@ def check(
         found = step()
         checks.append(replace(found, seconds=time.perf_counter() - started))
     if ranks.is_main:
-        with contextlib.suppress(OSError):  # the disk check has said so
+        with contextlib.suppress(OSError, InputError):  # the disk check has said so
             run.mkdir(parents=True, exist_ok=True)
             content = {"time": time.time(), "world_size": ranks.world_size, "checks": [asdict(c) for c in checks]}
             write_json(run / "preflight.json", content)
