@@ -17,6 +17,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+from mffm.failures import reports
+
 State = Literal["running", "requeued", "stopped", "finished", "failed"]
 
 HEARTBEAT_SECONDS = 20.0
@@ -56,7 +58,7 @@ def write_status(folder: Path, state: State, **values: Any) -> None:
 
 def failures(folder: Path, start: str) -> list[Path]:
     """Return the reports of the ranks that died in a start of the run, the first death first."""
-    return sorted((folder / "failures").glob(f"{start}-rank-*.txt"), key=lambda path: path.stat().st_mtime)
+    return reports(folder, start)
 
 
 def checkpoint_step(folder: Path) -> int | None:

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from launch import records
 from launch.state import node_address
+from mffm.failures import START_VARIABLE, Report, ending, node_name, path_of
 
 if TYPE_CHECKING:
     import submitit
@@ -77,11 +78,13 @@ class Training:
             how = "saved" if code == EXIT_INTERRUPTED else f"did not save in time ({ending(code)})"
             print(f"rank {rank}: asked to stop, {how}", file=sys.stderr, flush=True)
             _leave(task, folder, start, asked, requeue)
-        others = records.failures(folder, start)
+        written = records.failures(folder, start)
         if rank == 0:
             records.write_status(folder, "failed")
-        if others and task.cluster == "local":  # this rank was ended because of another one
-            raise RuntimeError(others[0].read_text())
+        # mffm reports its own exceptions, and with code >= 0 it ended by itself: the cause is in a report, or it is
+        # this rank's. A local task's kill ends a rank because of another one.
+        if written and (code >= 0 or task.cluster == "local" or path_of(folder, start, rank) in written):
+            raise RuntimeError(written[0].read_text())
         report = write_report(folder, start, rank, task.num_tasks, code, log, offset)
         raise RuntimeError(report)
 
@@ -91,7 +94,7 @@ class Training:
         log = folder / "logs" / f"rank-{rank}.log"
         log.parent.mkdir(exist_ok=True)
         command = [sys.executable, "-m", "mffm", *train_or_resume(folder)]
-        environment = {**rank_environment(task, self.threads), **self.environment}
+        environment = {**rank_environment(task, self.threads), **self.environment, START_VARIABLE: start}
         if rank == 0:
             step = records.checkpoint_step(folder) or 0
             records.write_status(
@@ -110,7 +113,7 @@ class Training:
             )
             title = f"start {start}, rank {rank} of {task.num_tasks}, host {node_name()}"
             stream.write(f"--- {title}, pid {process.pid}, {records.now()}\n".encode())
-        code = _watch(process, folder, asked, start, is_main=rank == 0, is_local=task.cluster == "local")
+        code = _watch(process, folder, asked, start, rank, is_local=task.cluster == "local")
         return code, log, offset
 
 
@@ -154,45 +157,21 @@ def resolvable(host: str) -> str:
     return host
 
 
-def node_name() -> str:
-    """Return the name by which SLURM, or else the network, knows this machine."""
-    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
-
-
-def ending(code: int) -> str:
-    """Return an exit code in words."""
-    if code >= 0:
-        return f"exit code {code}"
-    try:
-        name = signal.Signals(-code).name
-    except ValueError:
-        name = "a signal"
-    return f"killed by {name} ({-code})"
-
-
 def write_report(folder: Path, start: str, rank: int, n_ranks: int, code: int, log: Path, offset: int) -> str:
-    """Write failures/<start>-rank-<r>.txt and return it: who died, where, how, how far, and its last words."""
-    step, saved = records.last_row(folder).get("step", "none"), records.checkpoint_step(folder)
+    """Report a process that left no report itself, and return the text: who, where, how, how far, its last words."""
     hint = {
-        -signal.SIGKILL: "SIGKILL comes from the kernel when memory runs out (dmesg), or from somebody's kill -9.\n",
-        2: "Exit code 2 is bad input: the message is below.\n",
+        -signal.SIGKILL: "SIGKILL comes from the kernel when memory runs out (dmesg), or from somebody's kill -9.",
+        2: "Exit code 2 is bad input: the message is below.",
     }.get(code, "")
     with log.open("rb") as stream:
         stream.seek(max(offset, stream.seek(0, os.SEEK_END) - 65536))
         lines = stream.read().decode(errors="replace").splitlines()[-REPORT_LINES:]
-    report = (
-        f"rank {rank} of {n_ranks} on {node_name()} died: {ending(code)}\n"
-        f"{hint}"
-        f"start {start} (job.requeues), {records.now()}; last logged step {step}, newest checkpoint "
-        f"{'none' if saved is None else f'step {saved}'}\n"
-        f"run {folder}\n"
-        f"go on with: python -m launch.submit {folder} --cluster <the same YAML>\n"
-        f"last lines of {log}:\n" + "".join(f"  {line}\n" for line in lines)
-    )
-    path = folder / "failures" / f"{start}-rank-{rank}.txt"
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(report)
-    return report
+    report = Report(
+        start, rank, n_ranks, node_name(), f"died: {ending(code)}",
+        f"last logged step {records.last_row(folder).get('step', 'none')}",
+        f"python -m launch.submit {folder} --cluster <the same YAML>", hint, f"last lines of {log}:", lines,
+    )  # fmt: skip
+    return report.write(folder)[1]
 
 
 def _prepare_child() -> None:
@@ -208,7 +187,7 @@ def _prepare_child() -> None:
 
 
 def _watch(
-    process: "subprocess.Popen[bytes]", folder: Path, asked: set[int], start: str, is_main: bool, is_local: bool
+    process: "subprocess.Popen[bytes]", folder: Path, asked: set[int], start: str, rank: int, is_local: bool
 ) -> int:
     """Wait for mffm. Send SIGUSR2 on, again and again, as mffm ignores it while it starts; keep the heartbeat."""
     sent, beat = float("-inf"), time.monotonic()
@@ -223,10 +202,10 @@ def _watch(
             sent = moment
         if moment - beat > records.HEARTBEAT_SECONDS:
             beat = moment
-            if is_main and (folder / "status.json").exists():
+            if rank == 0 and (folder / "status.json").exists():
                 os.utime(folder / "status.json")
-        if is_local and records.failures(folder, start):  # nobody else takes the job down, as srun does
-            process.kill()
+        if is_local and any(p != path_of(folder, start, rank) for p in records.failures(folder, start)):
+            process.kill()  # nobody else takes the job down, as srun does
 
 
 def _leave(task: "submitit.JobEnvironment", folder: Path, start: str, asked: set[int], requeue: Any) -> NoReturn:

@@ -1,6 +1,5 @@
 """The command line. Heavy parts are imported by the command that needs them: ``mffm --help`` answers at once."""
 
-import errno
 import json
 import sys
 from enum import StrEnum
@@ -12,10 +11,13 @@ from rich.console import Console
 from rich.table import Table
 
 from mffm import __version__
-from mffm.errors import InputError
+from mffm.errors import InputError, told
 
 if TYPE_CHECKING:
     from mffm.config.base import Schema
+    from mffm.config.recipe import Recipe
+    from mffm.training.loop import Outcome
+    from mffm.training.preflight import Check
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -145,23 +147,46 @@ def references(
 def train(
     recipe: Annotated[Path, typer.Argument(help="recipe YAML")],
     overrides: Annotated[list[str] | None, typer.Argument(help="key.key=value, e.g. train.steps=2000")] = None,
+    preflight: Annotated[
+        bool, typer.Option("--preflight", help="only check: ranks, network, disk, memory of the largest batch")
+    ] = False,
 ) -> None:
     """Train a potential. On several ranks: torchrun --nproc-per-node N -m mffm train recipe.yaml"""
-    from mffm.config.base import load
-    from mffm.config.recipe import Recipe
+    from mffm.training import faults
 
-    loaded = load(Recipe, recipe, overrides or [])
-    from mffm.training import loop
+    def loaded() -> "Recipe":
+        from mffm.config.base import load
+        from mffm.config.recipe import Recipe
 
-    _finish(loop.train(loaded))
+        return load(Recipe, recipe, overrides or [])
+
+    def check() -> "list[Check]":
+        from mffm.training import preflight as module
+
+        return module.only(loaded())
+
+    def run() -> "Outcome":
+        from mffm.training import loop
+
+        return loop.train(loaded())
+
+    if preflight:
+        _show_checks(faults.process(check))
+    else:
+        _finish(faults.process(run))
 
 
 @app.command()
 def resume(run: Annotated[Path, typer.Argument(help="folder of the run")]) -> None:
     """Go on with a run from its newest checkpoint."""
-    from mffm.training import loop
+    from mffm.training import faults
 
-    _finish(loop.resume(run))
+    def go_on() -> "Outcome":
+        from mffm.training import loop
+
+        return loop.resume(run)
+
+    _finish(faults.process(go_on))
 
 
 @app.command()
@@ -190,11 +215,25 @@ def replay(
     console.print(table)
 
 
-def _finish(outcome: "object") -> None:
+def _show_checks(checks: "list[Check]") -> None:
     from mffm.distributed import ranks_from_environment, stop
-    from mffm.training.loop import Outcome
 
-    assert isinstance(outcome, Outcome)
+    stop()
+    problems = [check for check in checks if check.problem]
+    if ranks_from_environment().is_main:
+        table = Table("check", "", "seconds", "found", title="preflight")
+        for check in checks:
+            table.add_row(check.name, "problem" if check.problem else "ok", f"{check.seconds:.2f}", check.value)
+        console.print(table)
+        for check in problems:
+            print(f"problem: {check.name}: {check.problem}", file=sys.stderr, flush=True)
+    if problems:
+        raise typer.Exit(EXIT_INPUT)
+
+
+def _finish(outcome: "Outcome") -> None:
+    from mffm.distributed import ranks_from_environment, stop
+
     stop()
     if ranks_from_environment().is_main:
         for metric, best in outcome.best.items():
@@ -317,19 +356,11 @@ def main() -> None:
     """Run the command line; bad input is one message and exit code 2."""
     try:
         app()
-    except InputError as error:
-        _complain(str(error))
-    except UnicodeDecodeError as error:
-        place = next((f"{a}: " for a in sys.argv[1:] if Path(a).is_file()), "")
-        byte = f"byte 0x{error.object[error.start]:02x} at {error.start}"
-        _complain(f"{place}not UTF-8 text ({byte}); save the file as UTF-8")
-    except OSError as error:
-        if error.errno is None:
+    except (InputError, UnicodeDecodeError, OSError) as error:
+        message = told(error)
+        if message is None:
             raise
-        place = f"{error.filename}: " if error.filename else ""
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        remedy = "; what was written before is intact: make room, then give the command again or resume" if full else ""
-        _complain(f"{place}{error.strerror}{remedy}")
+        _complain(message)
 
 
 def _complain(message: str) -> None:

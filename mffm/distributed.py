@@ -1,6 +1,7 @@
 """Ranks: who this process is, and the few collectives that mffm needs. torch is imported only when they are used."""
 
 import ctypes
+import json
 import os
 import platform
 import socket
@@ -10,11 +11,25 @@ from datetime import timedelta
 from typing import TYPE_CHECKING
 
 from mffm.errors import InputError
+from mffm.failures import node_name
 
 if TYPE_CHECKING:
     import torch
 
-COLLECTIVE_TIMEOUT = timedelta(minutes=10)  # a rank that died must not hang the others for ever
+COLLECTIVE_SECONDS = 600.0  # a rank that died must not hang the others for ever
+RENDEZVOUS_SECONDS = 120.0  # srun starts the ranks of a job within seconds, a slow file system within a minute
+
+
+@dataclass(frozen=True)
+class Process:
+    """Where a rank runs."""
+
+    host: str
+    pid: int
+
+
+_store: "torch.distributed.TCPStore | None" = None
+_processes: list[Process] = []
 
 
 @dataclass(frozen=True)
@@ -46,11 +61,17 @@ def ranks_from_environment(environment: Mapping[str, str] = os.environ) -> Ranks
     return Ranks()
 
 
-def start(ranks: Ranks) -> "torch.device":
-    """Join the process group (nccl with GPUs, else gloo) and return this rank's device."""
-    import torch
+def meet(ranks: Ranks, seconds: float = RENDEZVOUS_SECONDS) -> "torch.distributed.TCPStore":
+    """Return the store at MASTER_ADDR:MASTER_PORT through which the ranks find each other; rank 0 or torchrun hosts it.
+
+    Raises:
+        InputError: no address, a port that is taken, or nobody answers within ``seconds``.
+    """
     import torch.distributed as dist
 
+    global _store
+    if _store is not None:
+        return _store
     os.environ.update(RANK=str(ranks.rank), WORLD_SIZE=str(ranks.world_size), LOCAL_RANK=str(ranks.local_rank))
     if ranks.world_size == 1:
         os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
@@ -61,22 +82,129 @@ def start(ranks: Ranks) -> "torch.device":
                 f"{ranks.world_size} ranks but {name} is not set; torchrun and launch.submit set it, for srun export "
                 "MASTER_ADDR (the first node's name) and MASTER_PORT (any free port)"
             )
+    if not os.environ["MASTER_PORT"].isdigit():
+        raise InputError(f"MASTER_PORT={os.environ['MASTER_PORT']}: expected a number; export any free port")
+    is_host = ranks.is_main and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    try:
+        _store = dist.TCPStore(
+            os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), ranks.world_size, is_host,
+            timedelta(seconds=seconds), wait_for_workers=False, multi_tenant=True,
+        )  # fmt: skip
+    except (RuntimeError, ValueError) as error:
+        if is_host:
+            cause = "rank 0 cannot listen there; is another job using the port? Give another MASTER_PORT"
+        else:
+            cause = (
+                f"rank {ranks.rank} on {node_name()} gets no answer from rank 0 within {seconds:g} s; does rank 0 run, "
+                "does this node resolve the name, may it connect to the port (firewall)?"
+            )
+        raise InputError(f"rendezvous at {_place()} failed: {cause} ({_first_line(error)})") from error
+    return _store
+
+
+def start(
+    ranks: Ranks, collective_seconds: float = COLLECTIVE_SECONDS, rendezvous_seconds: float = RENDEZVOUS_SECONDS
+) -> "torch.device":
+    """Join the process group (nccl with GPUs, else gloo) and return this rank's device.
+
+    A collective that takes longer than ``collective_seconds`` is an error on every rank that waits in it.
+
+    Raises:
+        InputError: the ranks do not find each other within ``rendezvous_seconds``.
+    """
+    import torch
+    import torch.distributed as dist
+
     use_gpu = torch.cuda.is_available()
     if use_gpu:
         torch.cuda.set_device(ranks.local_rank)
+        # A collective that runs into its timeout aborts the process; without these it may spin on the GPU for ever.
+        os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "1")
+        os.environ.setdefault("TORCH_NCCL_ENABLE_MONITORING", "1")
     else:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if use_gpu else "gloo", timeout=COLLECTIVE_TIMEOUT)
+        store = meet(ranks, rendezvous_seconds)
+        _wait_for_all(store, ranks, rendezvous_seconds)
+        timeout = timedelta(seconds=collective_seconds)
+        # DeepSpeed makes process groups of its own with torch's default, which is 30 minutes for gloo.
+        dist.distributed_c10d.default_pg_timeout = dist.distributed_c10d.default_pg_nccl_timeout = timeout
+        try:
+            dist.init_process_group(
+                "nccl" if use_gpu else "gloo", store=dist.PrefixStore("mffm", store), rank=ranks.rank,
+                world_size=ranks.world_size, timeout=min(timeout, timedelta(seconds=rendezvous_seconds)),
+            )  # fmt: skip
+        except RuntimeError as error:
+            raise InputError(
+                f"rendezvous at {_place()}: all {ranks.world_size} ranks came, but rank {ranks.rank} on {node_name()} "
+                "cannot connect to another; name the network interface with GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME "
+                f"({_first_line(error)})"
+            ) from error
+        dist.distributed_c10d._set_pg_timeout(timeout)
     return torch.device("cuda", ranks.local_rank) if use_gpu else torch.device("cpu")
+
+
+def _wait_for_all(store: "torch.distributed.TCPStore", ranks: Ranks, seconds: float) -> None:
+    """Wait until every rank has said where it runs.
+
+    Raises:
+        InputError: naming the ranks that did not.
+    """
+    from torch.distributed import DistError
+
+    global _processes
+    keys = [f"mffm/process/{rank}" for rank in range(ranks.world_size)]
+    try:
+        store.set(keys[ranks.rank], json.dumps([node_name(), os.getpid()]))
+        try:
+            store.wait(keys, timedelta(seconds=seconds))
+        except DistError:
+            missing = [str(rank) for rank, key in enumerate(keys) if not store.check([key])]
+            if missing:
+                some = ", ".join(missing[:8]) + (", ..." if len(missing) > 8 else "")
+                raise InputError(
+                    f"rendezvous at {_place()}: rank(s) {some} of {ranks.world_size} did not come within {seconds:g} s "
+                    "of the others; look at their output: they did not start, or died, or cannot reach that address"
+                ) from None
+        _processes = [Process(*json.loads(store.get(key))) for key in keys]
+    except DistError as error:
+        raise InputError(
+            f"rendezvous at {_place()}: rank {ranks.rank} lost the connection; rank 0 has ended or cannot be reached "
+            f"any more, look at its output ({_first_line(error)})"
+        ) from error
+
+
+def processes() -> list[Process]:
+    """Return where every rank runs, by rank; empty before ``start``."""
+    return _processes
+
+
+def named_by_main(ranks: Ranks, key: str, value: str) -> str:
+    """Return rank 0's value on every rank, through the store; after ``start``."""
+    if ranks.world_size == 1:
+        return value
+    store = meet(ranks)
+    if ranks.is_main:
+        store.set(key, value)
+    return store.get(key).decode()
+
+
+def _place() -> str:
+    return f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} (MASTER_ADDR:MASTER_PORT)"
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def stop() -> None:
     """Leave the process group."""
     import torch.distributed as dist
 
+    global _store
     if dist.is_initialized():
         dist.destroy_process_group()
+    _store = None
 
 
 def any_rank(flag: bool, device: "torch.device") -> bool:

@@ -149,6 +149,17 @@ class TrainSection(Schema):
         False, description="keep only each layer's inputs and compute the rest again: a fraction of the memory"
     )
     log_every: int = Field(20, ge=1)
+    preflight: bool = Field(
+        True,
+        description="before the first step, check versions, all-reduce, disk and the memory of the largest batch; "
+        "seconds",
+    )
+    collective_timeout_seconds: float = Field(
+        600.0,
+        gt=0,
+        description="a rank that waits longer for the others ends with a report; above the slowest step, validation "
+        "or save, as rank 0 alone writes while the others wait",
+    )
 
 
 class DeepSpeedSection(Schema):

@@ -155,6 +155,19 @@ def collate(
     return batch
 
 
+def microbatch(
+    store: Store,
+    step: StepPlan,
+    items: np.ndarray,
+    fidelities: FidelityTable,
+    cutoff: float,
+    dtype: torch.dtype = torch.float32,
+) -> Batch:
+    """Return some systems of a step, [n] int64, as a batch with the labels that count; see ``collate``."""
+    properties = [_PROPERTIES_OF[code] for code in step.live[items].tolist()]
+    return collate(store, step.rows[items], step.fidelity_idx[items], fidelities, properties, cutoff, dtype)
+
+
 def evaluation_batches(
     store: Store,
     rows: np.ndarray,
@@ -278,15 +291,4 @@ class Loader:
 
     def _microbatches(self, step: StepPlan) -> list[Batch]:
         bins = step.partition(self._world_size, self._plan.n_microbatches(self._world_size))[self._rank]
-        return [
-            collate(
-                self._store,
-                step.rows[items],
-                step.fidelity_idx[items],
-                self._fidelities,
-                [_PROPERTIES_OF[code] for code in step.live[items].tolist()],
-                self._cutoff,
-                self._dtype,
-            )
-            for items in bins
-        ]
+        return [microbatch(self._store, step, items, self._fidelities, self._cutoff, self._dtype) for items in bins]

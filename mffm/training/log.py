@@ -3,7 +3,8 @@
 Metric names: ``train/loss``, ``train/<fidelity>/<property>`` (share of the loss), ``val/loss``,
 ``val/<fidelity>/loss``,
 ``val/<fidelity>/<property>_mae`` and ``_rmse`` in meV/atom, meV/Å and meV/Å³, ``lr``, ``grad_norm``,
-``labels/<fidelity>/<property>`` (live labels of the step), ``atoms_per_s``, ``edges_per_s``.
+``labels/<fidelity>/<property>`` (live labels of the step), ``atoms_per_s``, ``edges_per_s``. Each row of metrics.jsonl
+also has ``step`` and ``time``, seconds since 1970.
 """
 
 import json
@@ -114,7 +115,7 @@ class JsonLines:
         pass  # the run's folder has them as references.md and potential/
 
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        self._file.write(json.dumps({"step": step, "time": round(time.time(), 3), **values}) + "\n")
         self._file.flush()
 
     def image(self, step: int, name: str, path: Path) -> None:

@@ -25,7 +25,8 @@ from mffm.data.plan import Cursor, StepPlan
 from mffm.errors import InputError, known
 from mffm.optim import MovingAverage, adamw, learning_rate
 from mffm.release import PotentialSpec, code_version, write_json, write_text, write_weights
-from mffm.training import checkpoint, sharding
+from mffm.training import checkpoint, preflight, sharding
+from mffm.training.faults import Faults
 from mffm.training.log import RunLog, run_facts
 from mffm.training.quarantine import LossWatch, SickStepError, write_bundle
 from mffm.training.setup import Setup, Trainee, deepspeed_config, prepare, use_precision
@@ -70,17 +71,30 @@ def _run(recipe: Recipe, run: Path, resume: bool) -> Outcome:
     if recipe.train.threads:
         torch.set_num_threads(recipe.train.threads)
     ranks = distributed.ranks_from_environment()
-    device = distributed.start(ranks)
+    with Faults(run, ranks) as faults:
+        return _run_as_rank(recipe, run, resume, ranks, faults)
+
+
+def _run_as_rank(recipe: Recipe, run: Path, resume: bool, ranks: distributed.Ranks, faults: Faults) -> Outcome:
+    started = time.perf_counter()
+    device = distributed.start(ranks, recipe.train.collective_timeout_seconds)
+    rendezvous_seconds = time.perf_counter() - started
+    faults.joined()
     saved = checkpoint.newest_whole(run / "checkpoints") if resume else None
     setup = prepare(recipe, PotentialSpec.read(run / "potential")[0] if saved else None)
     recipe = setup.recipe
     n_microbatches = setup.plan.n_microbatches(ranks.world_size)
     ds_config = deepspeed_config(recipe, ranks, n_microbatches)
-    if ranks.is_main:
-        _write_run_folder(run, setup, ds_config)
     table = setup.spec.reference_table(device)
     use_precision(setup.potential, recipe.train)
     trainee = Trainee(setup.potential.to(device), setup.loss, table)
+    checks = []
+    if recipe.train.preflight:
+        cursor = Cursor.from_dict(saved[1].cursor) if saved else setup.plan.start()
+        checks = preflight.check(run, setup, trainee, cursor, ranks, device, rendezvous_seconds)
+        preflight.require(checks)
+    if ranks.is_main:
+        _write_run_folder(run, setup, ds_config)
     engine = _engine(trainee, recipe, ds_config)
     module = setup.potential
     evaluated = setup.spec.build().to(device).requires_grad_(False)
@@ -94,11 +108,14 @@ def _run(recipe: Recipe, run: Path, resume: bool) -> Outcome:
         rank=ranks.rank, world_size=ranks.world_size, last_step=recipe.train.steps,
     )  # fmt: skip
     log = _open_log(run, setup, state, ranks)
-    with log, loader, _interrupt_flag() as interrupted:
+    faults.step = lambda: state.step
+    with log, loader, _interrupt_flag() as interrupted, faults:
         state.wandb_id = log.wandb_id
         _say_start(log, setup, ranks, n_microbatches)
         if saved is not None:
             _say_resumed(log, *saved, ranks)
+        if checks:
+            log.say(preflight.summary(checks))
         watch = LossWatch(recipe.train.spike_factor)
         ended = "stopped_early" if _out_of_patience(state, recipe) else "finished"
         while state.step < recipe.train.steps and ended == "finished":
@@ -345,4 +362,5 @@ def _interrupt_flag() -> Iterator[Any]:
         yield lambda: bool(raised)
     finally:
         for s, old in before.items():
-            signal.signal(s, old)
+            if signal.getsignal(s) is handler:  # a rank that failed ignores signals until it has said why
+                signal.signal(s, old)

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+import mffm
+
 STAND_IN = """
 import os, pathlib, signal, sys, time
 rank, folder = int(os.environ["RANK"]), pathlib.Path(sys.argv[2])
@@ -52,7 +54,8 @@ def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str],
     def make(body: str) -> None:
         package = tmp_path / "work" / "mffm"
         package.mkdir(parents=True)
-        (package / "__init__.py").touch()
+        # What the launcher imports of mffm is the real one's.
+        (package / "__init__.py").write_text(f"__path__.append({str(Path(mffm.__file__).parent)!r})\n")
         (package / "__main__.py").write_text(STAND_IN.replace("{body}", body))
         monkeypatch.chdir(tmp_path / "work")
 

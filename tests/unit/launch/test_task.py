@@ -56,6 +56,24 @@ def test_a_rank_that_dies_is_reported_and_ends_the_job(
     assert records.status(run)["state"] == "failed"
 
 
+def test_what_mffm_reported_itself_is_not_reported_again(
+    start: Callable[[], "submitit.Job[str]"], stand_in: Callable[[str], None], tmp_path: Path
+):
+    stand_in(
+        "from mffm.failures import Report\n"
+        "report = Report(os.environ['MFFM_START'], 0, 2, 'here', 'died: the cause', 'step 1', 'nothing')\n"
+        "if rank == 0: report.write(folder); sys.exit(1)\n"
+        "while not (folder / 'failures').exists(): time.sleep(0.05)\n"
+        "sys.exit(1)"
+    )
+    run = tmp_path / "run"
+    job = start()
+    with pytest.raises(submitit.core.utils.FailedJobError, match="died: the cause"):
+        job.results()
+    until(lambda: job.done())
+    assert [p.name for p in records.failures(run, f"{job.job_id}.0")] == [f"{job.job_id}.0-rank-0.txt"]
+
+
 def test_a_warning_saves_on_all_ranks_and_starts_again(
     start: Callable[[], "submitit.Job[str]"], stand_in: Callable[[str], None], tmp_path: Path
 ):

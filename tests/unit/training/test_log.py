@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,9 @@ def test_a_resume_drops_rows_after_the_checkpoint_and_the_cut_line(tmp_path: Pat
     with open_log(run, start=2) as log:
         log.metrics(3, {"lr": 30.0})
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    times = [row.pop("time") for row in rows]
+    assert times == sorted(times)
+    assert abs(times[-1] - time.time()) < 60
     assert rows == [{"step": 1, "lr": 1.0}, {"step": 2, "lr": 2.0}, {"step": 3, "lr": 30.0}]
 
 
