@@ -125,6 +125,10 @@ def _run(recipe: Recipe, run: Path, resume: bool) -> Outcome:
         if ranks.is_main:
             write_weights(run / "weights" / "last.safetensors", ema.weights)
             write_weights(run / "weights" / "raw.safetensors", dict(module.named_parameters()))
+        if ended != "interrupted" and validator.draw(
+            run / "plots" / "validation.png", f"{recipe.name}, validation at step {state.step}, averaged weights"
+        ):
+            log.image("validation/parity", run / "plots" / "validation.png")
         log.ended(ended)
         log.say(f"{ended} at step {state.step}")
     distributed.barrier()
