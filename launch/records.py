@@ -69,22 +69,28 @@ def checkpoint_step(folder: Path) -> int | None:
     return int(digits) if digits.isdigit() else None
 
 
-def last_row(folder: Path) -> dict[str, Any]:
-    """Return the last whole row of metrics.jsonl, empty where there is none."""
+def last_rows(folder: Path) -> list[dict[str, Any]]:
+    """Return the whole rows in the last 64 kB of metrics.jsonl, the newest last."""
     try:
         with (folder / "metrics.jsonl").open("rb") as file:
             file.seek(max(0, file.seek(0, os.SEEK_END) - 65536))
             lines = file.read().decode(errors="replace").splitlines()
     except OSError:
-        return {}
-    for line in reversed(lines):
+        return []
+    rows = []
+    for line in lines:
         try:
             row = json.loads(line)
         except json.JSONDecodeError:
             continue
         if isinstance(row, dict):
-            return row
-    return {}
+            rows.append(row)
+    return rows
+
+
+def last_row(folder: Path) -> dict[str, Any]:
+    """Return the last whole row of metrics.jsonl, empty where there is none."""
+    return next(reversed(last_rows(folder)), {})
 
 
 def is_alive(folder: Path) -> bool:

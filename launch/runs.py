@@ -1,4 +1,7 @@
-"""A table of runs from the files in their folders: ``python -m launch.runs FOLDER``. Asks no scheduler."""
+"""A table of runs from the files in their folders: ``mffm runs FOLDER``, ``python -m launch.runs FOLDER``.
+
+Asks no scheduler.
+"""
 
 import json
 import os
@@ -26,7 +29,7 @@ class Row:
     Attributes:
         state: ``queued``, ``running``, ``requeued``, ``stopped`` (saved), ``failed``, ``lost`` (no heartbeat),
             ``finished``; of a run that was not submitted ``finished`` or ``unfinished``.
-        eta_seconds: from the pace of this start; None where it cannot be told.
+        eta_seconds: from the pace of the last rows of this start; None where it cannot be told.
         best: value of the recipe's metric at its best, None before the first validation.
         report: of the rank that died first.
     """
@@ -95,10 +98,17 @@ def _state(folder: Path, status: dict[str, Any], job: dict[str, Any], step: int,
 
 
 def _eta(folder: Path, status: dict[str, Any], step: int, steps: int) -> float | None:
+    """Return the time left from the last rows of this start, or from all of it where rows carry no time."""
     try:
-        seconds = (folder / "metrics.jsonl").stat().st_mtime - float(status["started"])
-        done = step - int(status["started_step"])
-    except (OSError, KeyError, ValueError):
+        begun, first = float(status["started"]), int(status["started_step"])
+        rows = [(r["time"], r["step"]) for r in records.last_rows(folder) if "time" in r and r["step"] > first]
+        moments = [(float(moment), int(at)) for moment, at in rows if float(moment) >= begun]
+        if len(moments) > 1 and moments[-1][1] > moments[0][1]:
+            (since, low), (until, high) = moments[0], moments[-1]
+            return (steps - step) * (until - since) / (high - low)
+        seconds = (folder / "metrics.jsonl").stat().st_mtime - begun
+        done = step - first
+    except (OSError, KeyError, TypeError, ValueError):
         return None
     return (steps - step) * seconds / done if done > 0 and seconds > 0 else None
 
@@ -143,11 +153,22 @@ def table(rows: list[Row], base: Path) -> Table:
 
 def main(folder: Annotated[Path, typer.Argument(help="a folder with runs, or a run")] = Path("runs")) -> None:
     """Show how the runs in a folder stand."""
+    try:
+        show(folder, Console())
+    except InputError as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(2) from error
+
+
+def show(folder: Path, console: Console) -> None:
+    """Print the table of the runs in a folder, and the first line of every report of a dead rank.
+
+    Raises:
+        InputError: no such folder.
+    """
     if not folder.is_dir():
-        typer.echo(f"error: {folder}: no such folder", err=True)
-        raise typer.Exit(2)
+        raise InputError(f"{folder}: no such folder")
     rows = [read(run) for run in find(folder)]
-    console = Console()
     console.print(table(rows, folder) if rows else f"no runs in {folder}")
     for row in rows:
         if row.report is not None:

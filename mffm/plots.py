@@ -40,7 +40,7 @@ def parity_panel(
     axes.set_ylabel(f"prediction, {unit}")
 
 
-def parity(path: Path, panels: Sequence[Panel], title: str = "") -> None:
+def parity(path: Path, panels: Sequence[Panel], heading: str = "") -> None:
     """Write one figure of parity panels."""
     plt = _pyplot()
     columns = min(len(panels), 3)
@@ -50,8 +50,8 @@ def parity(path: Path, panels: Sequence[Panel], title: str = "") -> None:
         parity_panel(axis, label, prediction, title, unit)
     for axis in axes.flat[len(panels) :]:
         axis.set_visible(False)
-    if title:
-        figure.suptitle(title, fontsize=10)
+    if heading:
+        figure.suptitle(heading, fontsize=10)
     figure.savefig(path)
     plt.close(figure)
 
