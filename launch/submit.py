@@ -35,13 +35,18 @@ class Submitted:
 
 
 def submit(
-    recipe: Recipe, cluster: ClusterConfig, seeds: Sequence[int] = (), after: str | None = None
+    recipe: Recipe,
+    cluster: ClusterConfig,
+    seeds: Sequence[int] = (),
+    after: str | None = None,
+    job_name: str | None = None,
 ) -> list[Submitted]:
     """Write the folders of the runs and submit them: one job, or an array with one task a seed.
 
     Args:
         seeds: one run each, in ``<run>/seed-<n>``, all in one group of the tracker.
         after: job ids, joined by ``:``, that must be done before this one starts.
+        job_name: in the queue; None: the recipe's name.
 
     Raises:
         InputError: the folder holds another run, its run is under way, or the cluster cannot do what is asked.
@@ -67,7 +72,7 @@ def submit(
     for run in runs:
         check_folder(run, after)
     folders = [prepare_folder(run, cluster) for run in runs]
-    executor = make_executor(base / "submitit", recipe.name, cluster, after)
+    executor = make_executor(base / "submitit", job_name or recipe.name, cluster, after)
     jobs: list[submitit.Job[str]] = []
     bodies = [Training(str(folder), cluster.cpus_per_task, cluster.environment) for folder in folders]
     try:
