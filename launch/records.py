@@ -6,6 +6,7 @@ code.json, code.diff   version, git commit, whether the tree had changes, and th
 job.json               job id, executor, nodes × tasks, when it was submitted
 status.json            written by rank 0's task: state, start, when; its mtime is a heartbeat
 logs/rank-<r>.log      output of a rank, appended over all starts
+then/                  <step>.json: state of a job that follows the training
 failures/              <start>-rank-<r>.txt: report of a rank that died; a start is <job id>.<requeues>
 submitit/              submitit's own scripts, pickles and logs of the tasks
 """
@@ -100,3 +101,14 @@ def is_alive(folder: Path) -> bool:
     except OSError:
         return False
     return status(folder).get("state") == "running" and age < LOST_SECONDS
+
+
+def process_runs(pid: str) -> bool:
+    """Return whether a process of this machine runs; one that has ended but was not waited for does not."""
+    try:
+        os.kill(int(pid), 0)
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (ProcessLookupError, ValueError):
+        return False
+    except OSError:  # another user's, or no /proc
+        return True

@@ -14,12 +14,24 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from launch import records
+from launch import records, then
 from mffm.config.base import read_yaml
 from mffm.errors import InputError
 
 MARKS = ("job.json", "submitted.yaml", "recipe.yaml")
-INNER = {"checkpoints", "weights", "potential", "submitit", "logs", "failures", "wandb", "quarantine"}
+INNER = {
+    "release",
+    "then",
+    "plots",
+    "checkpoints",
+    "weights",
+    "potential",
+    "submitit",
+    "logs",
+    "failures",
+    "wandb",
+    "quarantine",
+}
 
 
 @dataclass(frozen=True)
@@ -32,6 +44,8 @@ class Row:
         eta_seconds: from the pace of the last rows of this start; None where it cannot be told.
         best: value of the recipe's metric at its best, None before the first validation.
         report: of the rank that died first.
+        then: how the jobs stand that follow the training.
+        reasons: of those that failed.
     """
 
     folder: Path
@@ -43,6 +57,8 @@ class Row:
     best: float | None
     job_id: str
     report: Path | None = None
+    then: str = ""
+    reasons: tuple[str, ...] = ()
 
 
 def find(folder: Path) -> Iterator[Path]:
@@ -67,9 +83,11 @@ def read(folder: Path) -> Row:
     status, job = records.status(folder), records.read_json(folder / "job.json")
     step = max(int(records.last_row(folder).get("step", 0)), records.checkpoint_step(folder) or 0)
     state, report = _state(folder, status, job, step, steps)
+    follow, reasons = then.shown(folder, job, state)
     return Row(
         folder, state, step, steps, _eta(folder, status, step, steps) if state == "running" else None,
         metric, _best(folder / "metrics.jsonl", metric), str(job.get("job_id") or status.get("job_id") or ""), report,
+        follow, tuple(reasons),
     )  # fmt: skip
 
 
@@ -140,14 +158,15 @@ def duration(seconds: float | None) -> str:
 
 def table(rows: list[Row], base: Path) -> Table:
     """Return the rows as a table; folders relative to ``base``."""
-    shown = Table("run", "state", "step", "ETA", "best", "job", box=None)
+    with_then = any(row.then for row in rows)
+    shown = Table("run", "state", "step", "ETA", "best", "job", *(["then"] if with_then else []), box=None)
     for row in rows:
         name = os.path.relpath(row.folder, base)
         best = "" if row.best is None else f"{row.best:.5g} {row.metric}"
         step = f"{row.step}/{row.steps}"
-        shown.add_row(
-            row.folder.name if name == "." else name, row.state, step, duration(row.eta_seconds), best, row.job_id
-        )
+        name = row.folder.name if name == "." else name
+        cells = [name, row.state, step, duration(row.eta_seconds), best, row.job_id]
+        shown.add_row(*cells, *([row.then] if with_then else []))
     return shown
 
 
@@ -173,6 +192,8 @@ def show(folder: Path, console: Console) -> None:
     for row in rows:
         if row.report is not None:
             console.print(f"{row.report}: {row.report.read_text().splitlines()[0]}", highlight=False, soft_wrap=True)
+        for reason in row.reasons:
+            console.print(reason, highlight=False, markup=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

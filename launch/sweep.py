@@ -445,7 +445,7 @@ def summary(sweep: Sweep) -> str:
 def plot(sweep: Sweep, path: Path) -> None:
     """Draw the best value so far over the trials, and the value over each parameter."""
     from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator, NullFormatter
+    from matplotlib.ticker import FormatStrFormatter, LogLocator, MaxNLocator, NullFormatter
 
     config = sweep.config
     done = [t for t in sweep.study.trials if t.state.name == "COMPLETE"]
@@ -462,9 +462,11 @@ def plot(sweep: Sweep, path: Path) -> None:
     for axis, name in zip(axes[1:], varied, strict=True):
         parameter, shown = config.parameters[name], [values(t)[name] for t in done]
         axis.plot(shown if parameter.values is None else [json.dumps(v) for v in shown], found, "o")
-        axis.set(xlabel=name)
+        axis.set(xlabel=name, ylabel=config.metric.name)
         if shown and "log" in (parameter.distribution or ""):
             axis.set_xscale("log")
+            axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axis.xaxis.set_major_formatter(FormatStrFormatter("%g"))
             axis.xaxis.set_minor_formatter(NullFormatter())
     figure.savefig(path, dpi=120)
 
