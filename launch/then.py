@@ -159,9 +159,10 @@ def write_status(folder: Path, step: str, state: str, job_id: str, **values: Any
 def shown(folder: Path, job: Mapping[str, Any], training: str) -> tuple[str, list[str]]:
     """Return how the steps after a training stand, for the table of runs, and the reasons of those that failed."""
     states, reasons, hopeless = [], [], training == "failed"
+    held = "waiting" if training in ("queued", "running", "requeued", "finished") else "not started"
     for step, job_id in (job.get("then") or {}).items():
         wrote = status(folder, step)
-        state = str(wrote["state"]) if wrote.get("job_id") == job_id else "cancelled" if hopeless else "waiting"
+        state = str(wrote["state"]) if wrote.get("job_id") == job_id else "cancelled" if hopeless else held
         hopeless |= state in ("failed", "cancelled")
         states.append(f"{step} {state}")
         if state == "failed":
