@@ -373,7 +373,7 @@ def _last_line(log: Path) -> str:
 
 
 def _metric_names(folder: Path) -> set[str]:
-    return {name for row in _rows(folder) for name in row if name != "step"}
+    return {name for row in _rows(folder) for name in row if name not in ("step", "time")}
 
 
 @contextmanager
