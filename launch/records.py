@@ -6,6 +6,7 @@ code.json, code.diff   version, git commit, whether the tree had changes, and th
 job.json               job id, executor, nodes × tasks, when it was submitted
 status.json            written by rank 0's task: state, start, when; its mtime is a heartbeat
 logs/rank-<r>.log      output of a rank, appended over all starts
+then/                  <step>.json: state of a job that follows the training
 failures/              <start>-rank-<r>.txt: report of a rank that died; a start is <job id>.<requeues>
 submitit/              submitit's own scripts, pickles and logs of the tasks
 """
@@ -71,22 +72,28 @@ def checkpoint_step(folder: Path) -> int | None:
     return int(digits) if digits.isdigit() else None
 
 
-def last_row(folder: Path) -> dict[str, Any]:
-    """Return the last whole row of metrics.jsonl, empty where there is none."""
+def last_rows(folder: Path) -> list[dict[str, Any]]:
+    """Return the whole rows in the last 64 kB of metrics.jsonl, the newest last."""
     try:
         with (folder / "metrics.jsonl").open("rb") as file:
             file.seek(max(0, file.seek(0, os.SEEK_END) - 65536))
             lines = file.read().decode(errors="replace").splitlines()
     except OSError:
-        return {}
-    for line in reversed(lines):
+        return []
+    rows = []
+    for line in lines:
         try:
             row = json.loads(line)
         except json.JSONDecodeError:
             continue
         if isinstance(row, dict):
-            return row
-    return {}
+            rows.append(row)
+    return rows
+
+
+def last_row(folder: Path) -> dict[str, Any]:
+    """Return the last whole row of metrics.jsonl, empty where there is none."""
+    return next(reversed(last_rows(folder)), {})
 
 
 def is_alive(folder: Path) -> bool:
@@ -96,3 +103,14 @@ def is_alive(folder: Path) -> bool:
     except OSError:
         return False
     return status(folder).get("state") == "running" and age < LOST_SECONDS
+
+
+def process_runs(pid: str) -> bool:
+    """Return whether a process of this machine runs; one that has ended but was not waited for does not."""
+    try:
+        os.kill(int(pid), 0)
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (ProcessLookupError, ValueError):
+        return False
+    except OSError:  # another user's, or no /proc
+        return True

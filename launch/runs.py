@@ -1,4 +1,7 @@
-"""A table of runs from the files in their folders: ``python -m launch.runs FOLDER``. Asks no scheduler."""
+"""A table of runs from the files in their folders: ``mffm runs FOLDER``, ``python -m launch.runs FOLDER``.
+
+Asks no scheduler.
+"""
 
 import json
 import os
@@ -11,12 +14,24 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from launch import records
+from launch import records, then
 from mffm.config.base import read_yaml
 from mffm.errors import InputError
 
 MARKS = ("job.json", "submitted.yaml", "recipe.yaml")
-INNER = {"checkpoints", "weights", "potential", "submitit", "logs", "failures", "wandb", "quarantine"}
+INNER = {
+    "release",
+    "then",
+    "plots",
+    "checkpoints",
+    "weights",
+    "potential",
+    "submitit",
+    "logs",
+    "failures",
+    "wandb",
+    "quarantine",
+}
 
 
 @dataclass(frozen=True)
@@ -26,9 +41,11 @@ class Row:
     Attributes:
         state: ``queued``, ``running``, ``requeued``, ``stopped`` (saved), ``failed``, ``lost`` (no heartbeat),
             ``finished``; of a run that was not submitted ``finished`` or ``unfinished``.
-        eta_seconds: from the pace of this start; None where it cannot be told.
+        eta_seconds: from the pace of the last rows of this start; None where it cannot be told.
         best: value of the recipe's metric at its best, None before the first validation.
         report: of the rank that died first.
+        then: how the jobs stand that follow the training.
+        reasons: of those that failed.
     """
 
     folder: Path
@@ -40,6 +57,8 @@ class Row:
     best: float | None
     job_id: str
     report: Path | None = None
+    then: str = ""
+    reasons: tuple[str, ...] = ()
 
 
 def find(folder: Path) -> Iterator[Path]:
@@ -64,9 +83,11 @@ def read(folder: Path) -> Row:
     status, job = records.status(folder), records.read_json(folder / "job.json")
     step = max(int(records.last_row(folder).get("step", 0)), records.checkpoint_step(folder) or 0)
     state, report = _state(folder, status, job, step, steps)
+    follow, reasons = then.shown(folder, job, state)
     return Row(
         folder, state, step, steps, _eta(folder, status, step, steps) if state == "running" else None,
         metric, _best(folder / "metrics.jsonl", metric), str(job.get("job_id") or status.get("job_id") or ""), report,
+        follow, tuple(reasons),
     )  # fmt: skip
 
 
@@ -95,10 +116,17 @@ def _state(folder: Path, status: dict[str, Any], job: dict[str, Any], step: int,
 
 
 def _eta(folder: Path, status: dict[str, Any], step: int, steps: int) -> float | None:
+    """Return the time left from the last rows of this start, or from all of it where rows carry no time."""
     try:
-        seconds = (folder / "metrics.jsonl").stat().st_mtime - float(status["started"])
-        done = step - int(status["started_step"])
-    except (OSError, KeyError, ValueError):
+        begun, first = float(status["started"]), int(status["started_step"])
+        rows = [(r["time"], r["step"]) for r in records.last_rows(folder) if "time" in r and r["step"] > first]
+        moments = [(float(moment), int(at)) for moment, at in rows if float(moment) >= begun]
+        if len(moments) > 1 and moments[-1][1] > moments[0][1]:
+            (since, low), (until, high) = moments[0], moments[-1]
+            return (steps - step) * (until - since) / (high - low)
+        seconds = (folder / "metrics.jsonl").stat().st_mtime - begun
+        done = step - first
+    except (OSError, KeyError, TypeError, ValueError):
         return None
     return (steps - step) * seconds / done if done > 0 and seconds > 0 else None
 
@@ -130,28 +158,42 @@ def duration(seconds: float | None) -> str:
 
 def table(rows: list[Row], base: Path) -> Table:
     """Return the rows as a table; folders relative to ``base``."""
-    shown = Table("run", "state", "step", "ETA", "best", "job", box=None)
+    with_then = any(row.then for row in rows)
+    shown = Table("run", "state", "step", "ETA", "best", "job", *(["then"] if with_then else []), box=None)
     for row in rows:
         name = os.path.relpath(row.folder, base)
         best = "" if row.best is None else f"{row.best:.5g} {row.metric}"
         step = f"{row.step}/{row.steps}"
-        shown.add_row(
-            row.folder.name if name == "." else name, row.state, step, duration(row.eta_seconds), best, row.job_id
-        )
+        name = row.folder.name if name == "." else name
+        cells = [name, row.state, step, duration(row.eta_seconds), best, row.job_id]
+        shown.add_row(*cells, *([row.then] if with_then else []))
     return shown
 
 
 def main(folder: Annotated[Path, typer.Argument(help="a folder with runs, or a run")] = Path("runs")) -> None:
     """Show how the runs in a folder stand."""
+    try:
+        show(folder, Console())
+    except InputError as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(2) from error
+
+
+def show(folder: Path, console: Console) -> None:
+    """Print the table of the runs in a folder, and the first line of every report of a dead rank.
+
+    Raises:
+        InputError: no such folder.
+    """
     if not folder.is_dir():
-        typer.echo(f"error: {folder}: no such folder", err=True)
-        raise typer.Exit(2)
+        raise InputError(f"{folder}: no such folder")
     rows = [read(run) for run in find(folder)]
-    console = Console()
     console.print(table(rows, folder) if rows else f"no runs in {folder}")
     for row in rows:
         if row.report is not None:
             console.print(f"{row.report}: {row.report.read_text().splitlines()[0]}", highlight=False, soft_wrap=True)
+        for reason in row.reasons:
+            console.print(reason, highlight=False, markup=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
 """Submit a recipe: ``python -m launch.submit RECIPE --cluster configs/clusters/local.yaml [key.key=value ...]``."""
 
-import os
 import subprocess
 import sys
 import time
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from launch import records
+from launch import records, then
 from launch.state import TERMINAL, UNKNOWN, slurm_state
 from launch.task import Training
 from mffm.config.base import Schema, dump, load
@@ -35,13 +34,20 @@ class Submitted:
 
 
 def submit(
-    recipe: Recipe, cluster: ClusterConfig, seeds: Sequence[int] = (), after: str | None = None
+    recipe: Recipe,
+    cluster: ClusterConfig,
+    seeds: Sequence[int] = (),
+    after: str | None = None,
+    job_name: str | None = None,
+    steps: Sequence[str] = (),
 ) -> list[Submitted]:
     """Write the folders of the runs and submit them: one job, or an array with one task a seed.
 
     Args:
         seeds: one run each, in ``<run>/seed-<n>``, all in one group of the tracker.
         after: job ids, joined by ``:``, that must be done before this one starts.
+        job_name: in the queue; None: the recipe's name.
+        steps: what follows each training when it has finished, as jobs of their own; see ``then``.
 
     Raises:
         InputError: the folder holds another run, its run is under way, or the cluster cannot do what is asked.
@@ -66,8 +72,9 @@ def submit(
         runs = [recipe]
     for run in runs:
         check_folder(run, after)
+        then.check(Path(run.run_folder), steps)
     folders = [prepare_folder(run, cluster) for run in runs]
-    executor = make_executor(base / "submitit", recipe.name, cluster, after)
+    executor = make_executor(base / "submitit", job_name or recipe.name, cluster, after)
     jobs: list[submitit.Job[str]] = []
     bodies = [Training(str(folder), cluster.cpus_per_task, cluster.environment) for folder in folders]
     try:
@@ -81,19 +88,34 @@ def submit(
             raise InputError(f"sbatch refused the job: {str(error).strip()}") from error
         raise
     for job, folder in zip(jobs, folders, strict=True):
-        records.write_json(
-            folder / "job.json",
-            {
-                "job_id": job.job_id,
-                "executor": cluster.executor,
-                "nodes": cluster.nodes,
-                "tasks_per_node": cluster.tasks_per_node,
-                "after": after,
-                "submitted": time.time(),
-                "submitted_at": records.now(),
-            },
-        )
+        written = {
+            "job_id": job.job_id,
+            "executor": cluster.executor,
+            "nodes": cluster.nodes,
+            "tasks_per_node": cluster.tasks_per_node,
+            "after": after,
+            "submitted": time.time(),
+            "submitted_at": records.now(),
+        }
+        records.write_json(folder / "job.json", written)
+        if steps:
+            followers = follow(job.job_id, folder, cluster, steps, job_name or recipe.name)
+            records.write_json(folder / "job.json", {**written, "then": followers})
     return [Submitted(job, folder) for job, folder in zip(jobs, folders, strict=True)]
+
+
+def follow(job_id: str, folder: Path, cluster: ClusterConfig, steps: Sequence[str], name: str) -> dict[str, str]:
+    """Submit the steps after a training, each after the one before, on one task; return step → job id."""
+    one = {"nodes": 1, "tasks_per_node": 1, "gpus_per_node": min(1, cluster.gpus_per_node)}
+    small = cluster.model_copy(update=one)
+    ids: dict[str, str] = {}
+    for step in steps:
+        after = next(reversed(ids.values()), job_id)
+        held = after if cluster.executor == "slurm" else None
+        executor = make_executor(folder / "submitit", f"{name}-{step}", small, held)
+        body = then.FollowUp(step, str(folder), cluster.cpus_per_task, cluster.environment, list(ids), after)
+        ids[step] = executor.submit(body).job_id
+    return ids
 
 
 def make_executor(folder: Path, name: str, cluster: ClusterConfig, after: str | None) -> "submitit.AutoExecutor":
@@ -177,7 +199,7 @@ def check_folder(recipe: Recipe, after: str | None = None) -> None:
         state = slurm_state(job_id)
         if state not in TERMINAL and state != UNKNOWN:
             raise InputError(f"{folder}: job {job_id} of this run is {state}; end it first: scancel {job_id}")
-    if job.get("executor") == "local" and records.is_alive(folder) and _is_process(job_id):
+    if job.get("executor") == "local" and records.is_alive(folder) and records.process_runs(job_id):
         raise InputError(f"{folder}: a local job of this run is running: process {job_id}")
     if not (folder / "checkpoints" / "latest").is_file():
         return
@@ -189,16 +211,6 @@ def check_folder(recipe: Recipe, after: str | None = None) -> None:
                 f"{folder}: holds a run with {name}={have.get(name)!r}, not {value!r}. Give another folder with "
                 f"run=..., or go on with that run: python -m launch.submit {folder} --cluster ..."
             )
-
-
-def _is_process(pid: str) -> bool:
-    try:
-        os.kill(int(pid), 0)
-    except ProcessLookupError:
-        return False
-    except (OSError, ValueError):
-        return True
-    return True
 
 
 def _leaves(config: Schema) -> dict[str, Any]:
@@ -289,17 +301,24 @@ def main(
     time_minutes: Annotated[int | None, typer.Option("--time", help="time limit in minutes")] = None,
     seeds: Annotated[str | None, typer.Option(help="array job, a run a seed, e.g. 0,1,2")] = None,
     after: Annotated[str | None, typer.Option(help="start when this job (or 12:13) is done")] = None,
+    then_: Annotated[
+        str | None, typer.Option("--then", help="jobs that follow the finished training, e.g. release,evaluate")
+    ] = None,
 ) -> None:
     """Submit a training run through submitit; it goes on after preemption and time limits by itself."""
     try:
         config = load_cluster(cluster, nodes, gpus_per_node, time_minutes)
-        submitted = submit(load_recipe(recipe, overrides or []), config, parse_seeds(seeds), after)
+        steps = then.parse(then_)
+        loaded = load_recipe(recipe, overrides or [])
+        submitted = submit(loaded, config, parse_seeds(seeds), after, steps=steps)
     except InputError as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(2) from error
     for one in submitted:
         typer.echo(f"job {one.job.job_id}: {one.folder}, output in {one.folder / 'logs'}")
-    typer.echo(f"how it stands: python -m launch.runs {Path(submitted[0].folder).parent}")
+        for step, job_id in (records.read_json(one.folder / "job.json").get("then") or {}).items():
+            typer.echo(f"  then job {job_id}: {step}")
+    typer.echo(f"how it stands: mffm runs {Path(submitted[0].folder).parent}")
 
 
 if __name__ == "__main__":

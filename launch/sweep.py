@@ -1,8 +1,9 @@
 """Sweeps without a server: ``python -m launch.sweep SWEEP.yaml --recipe RECIPE --trials N --workers W``.
 
 The YAML is W&B's. Optuna chooses the values and keeps the study in a journal file in the sweep's folder; each trial is
-an ordinary training run in a folder of its own and a W&B run in one group. The same command goes on after an
-interruption: finished trials are kept, unfinished ones resumed from their last checkpoint.
+an ordinary training run in a folder of its own and a W&B run in one group. With ``--cluster`` a trial is a SLURM job.
+The same command goes on after an interruption: finished trials are kept, unfinished ones resumed from their last
+checkpoint, jobs that are still in the queue or running adopted.
 """
 
 import fcntl
@@ -22,7 +23,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 import yaml
 
+from launch.trials import ClusterExecutor, cancel, under_way
 from mffm.config.base import load
+from mffm.config.cluster import ClusterConfig
 from mffm.config.recipe import Recipe
 from mffm.config.sweep import Parameter, SweepConfig
 from mffm.errors import InputError, known
@@ -135,7 +138,8 @@ class Sweep:
     """A sweep in its folder.
 
     Attributes:
-        executor: makes what runs one trial; a new one for every trial.
+        executor: makes what runs one trial on this machine; a new one for every trial.
+        cluster: run trials there instead.
     """
 
     config: SweepConfig
@@ -145,8 +149,11 @@ class Sweep:
     executor: Callable[[], Executor] = lambda: LocalExecutor(workers=1, poll_seconds=0.2)
     seed: int = 0
     say: Callable[[str], None] = print
+    cluster: ClusterConfig | None = None
 
     def __post_init__(self) -> None:
+        if self.cluster is not None and self.cluster.executor != "slurm":
+            raise InputError("--cluster needs executor: slurm; without --cluster, trials run on this machine")
         self.folder = self.folder.resolve()
         self._lock = threading.Lock()
         self._stop = threading.Event()
@@ -188,6 +195,10 @@ class Sweep:
         """Return the run folder of a trial."""
         return self.folder / f"trial-{trial.number:04d}"
 
+    def _name(self, trial: "FrozenTrial") -> str:
+        """Return a trial's id in W&B and in the queue; no other sweep has it."""
+        return f"{self.config.name}-{self.study.user_attrs['token']}-{trial.number:04d}"
+
     def _unfinished(self) -> "list[FrozenTrial]":
         from optuna.trial import TrialState
 
@@ -196,7 +207,13 @@ class Sweep:
             if set(trial.params) != set(self._names):  # killed between its birth and its values
                 self.study.tell(trial.number, state=TrialState.FAIL)
                 continue
-            orphan = _process_of(self.path(trial))
+            job = under_way(self.path(trial), self._name(trial))
+            orphan = None if job is not None else _process_of(self.path(trial))
+            if job is not None and self.cluster is None:
+                raise InputError(
+                    f"{self.path(trial)}: SLURM job {job} of an earlier start with --cluster trains it; go on with "
+                    f"--cluster, or end it first: scancel {job}"
+                )
             if orphan is not None:
                 raise InputError(
                     f"{self.path(trial)}: process {orphan} of an earlier start still trains it; end it (kill {orphan} "
@@ -247,24 +264,28 @@ class Sweep:
         ]
         if self.config.project:
             chosen.append(f"log.project={self.config.project}")
-        load(Recipe, self.recipe, chosen)  # a wrong name is one message, not a failed training
+        recipe = load(Recipe, self.recipe, chosen)  # a wrong name is one message, not a failed training
         resumed = (folder / "checkpoints" / "latest").exists()
         arguments = ["resume", str(folder)] if resumed else ["train", str(self.recipe), *chosen]
-        environment = {
-            "WANDB_RUN_ID": f"{self.config.name}-{self.study.user_attrs['token']}-{trial.number:04d}",
-            "WANDB_JOB_TYPE": "trial",
-        }
+        environment = {"WANDB_RUN_ID": self._name(trial), "WANDB_JOB_TYPE": "trial"}
         name = f"trial-{trial.number:04d}"
-        job = Job(name, [sys.executable, "-m", "mffm", *arguments], self.folder / f"{name}.log", environment)
+        key = name if self.cluster is None else self._name(trial)
+        job = Job(key, [sys.executable, "-m", "mffm", *arguments], self.folder / f"{name}.log", environment)
         self.say(f"{name} {'resumed' if resumed else 'started'}: {' '.join(overrides(trial))}")
         try:
-            state = self.executor().run([job], self._watch(trial, folder))[name]
+            state = self._executor(recipe, name).run([job], self._watch(trial, folder))[key]
         except _Stopped:
-            self.say(f"{name} interrupted")
+            self.say(f"{name} interrupted" if self.cluster is None else f"{name} goes on in the queue")
             return
         except _Pruned:
+            cancel(folder)
             self.study.tell(trial.number, state=TrialState.PRUNED)
             self.say(f"{name} pruned")
+            return
+        except InputError:
+            if not self._stop.is_set():  # Ctrl-C may have reached sbatch
+                raise
+            self.say(f"{name} interrupted")
             return
         seen = self._curve(folder)
         if self._stop.is_set() and state == "failed":  # Ctrl-C reached the training before it reached us
@@ -286,6 +307,11 @@ class Sweep:
             self.study.tell(trial.number, value)
             self.say(f"{name} done: {self.config.metric.name} {value:.6g}")
 
+    def _executor(self, recipe: Recipe, name: str) -> Executor:
+        if self.cluster is None:
+            return self.executor()
+        return ClusterExecutor(recipe, self.cluster, lambda text: self.say(f"{name}: {text}"))
+
     def _watch(self, trial: "FrozenTrial", folder: Path) -> Callable[[Mapping[str, State]], None]:
         """Return what the executor calls now and then; an exception ends the process, which saves a checkpoint."""
         from optuna.trial import Trial
@@ -294,7 +320,7 @@ class Sweep:
         told = {"n": len(trial.intermediate_values)}
 
         def report(states: Mapping[str, State]) -> None:
-            running = "running" in states.values()
+            running = not {"done", "failed"} & set(states.values())
             if self._stop.is_set() and running:
                 raise _Stopped
             seen = self._curve(folder)
@@ -419,7 +445,7 @@ def summary(sweep: Sweep) -> str:
 def plot(sweep: Sweep, path: Path) -> None:
     """Draw the best value so far over the trials, and the value over each parameter."""
     from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator, NullFormatter
+    from matplotlib.ticker import FormatStrFormatter, LogLocator, MaxNLocator, NullFormatter
 
     config = sweep.config
     done = [t for t in sweep.study.trials if t.state.name == "COMPLETE"]
@@ -436,9 +462,11 @@ def plot(sweep: Sweep, path: Path) -> None:
     for axis, name in zip(axes[1:], varied, strict=True):
         parameter, shown = config.parameters[name], [values(t)[name] for t in done]
         axis.plot(shown if parameter.values is None else [json.dumps(v) for v in shown], found, "o")
-        axis.set(xlabel=name)
+        axis.set(xlabel=name, ylabel=config.metric.name)
         if shown and "log" in (parameter.distribution or ""):
             axis.set_xscale("log")
+            axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axis.xaxis.set_major_formatter(FormatStrFormatter("%g"))
             axis.xaxis.set_minor_formatter(NullFormatter())
     figure.savefig(path, dpi=120)
 
@@ -451,16 +479,18 @@ def main(
     workers: Annotated[int, typer.Option(min=1, help="trials at a time")] = 1,
     folder: Annotated[Path | None, typer.Option(help="runs/sweeps/<name> where not given")] = None,
     seed: Annotated[int, typer.Option(help="of the search")] = 0,
+    cluster: Annotated[Path | None, typer.Option(help="cluster YAML: trials are SLURM jobs")] = None,
 ) -> None:
-    """Run a sweep on this machine without a server; the same command goes on after an interruption."""
+    """Run a sweep without a server, on this machine or a cluster; the same command goes on after an interruption."""
     try:
         config = load(SweepConfig, sweep)
         wanted = trials or config.run_cap
         if wanted is None:
             raise InputError(f"{sweep}: say how many trials with --trials, or with run_cap in the YAML")
         task = Sweep(
-            config, recipe, folder or Path("runs/sweeps") / config.name, fixed or [], seed=seed, say=typer.echo
-        )
+            config, recipe, folder or Path("runs/sweeps") / config.name, fixed or [], seed=seed, say=typer.echo,
+            cluster=None if cluster is None else load(ClusterConfig, cluster),
+        )  # fmt: skip
         task.run(wanted, workers)
     except InputError as error:
         typer.echo(f"error: {error}", err=True)
@@ -470,7 +500,8 @@ def main(
     plot(task, task.folder / "sweep.png")
     typer.echo(text)
     if task.stopped:
-        typer.echo("interrupted; the same command goes on")
+        left = "" if cluster is None else "; jobs that were submitted go on without it, and it adopts them"
+        typer.echo(f"interrupted; the same command goes on{left}")
         raise typer.Exit(75)
 
 

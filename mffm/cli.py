@@ -309,6 +309,16 @@ def release(
     console.print(f"{path}: {size:.1f} MB, {', '.join(sorted(p.name for p in path.iterdir()))}", highlight=False)
 
 
+@app.command()
+def runs(
+    folder: Annotated[Path, typer.Argument(help="a folder with runs, or a run")] = Path("runs"),
+) -> None:
+    """Show how the runs in a folder stand: state, step, time left, best metric, job id."""
+    from launch.runs import show
+
+    show(folder, console)
+
+
 config_app = typer.Typer(
     no_args_is_help=True, help="Look at the configuration: every key, and every value of a recipe."
 )

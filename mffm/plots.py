@@ -6,6 +6,8 @@ from typing import Any
 
 import numpy as np
 
+Panel = tuple[str, str, np.ndarray, np.ndarray]  # title, unit, labels, predictions
+
 COLORS = (
     "#0b6e4f",
     "#c8553d",
@@ -38,8 +40,8 @@ def parity_panel(
     axes.set_ylabel(f"prediction, {unit}")
 
 
-def parity(path: Path, panels: Sequence[tuple[str, str, np.ndarray, np.ndarray]]) -> None:
-    """Write one figure of parity panels: (title, unit, labels, predictions)."""
+def parity(path: Path, panels: Sequence[Panel], heading: str = "") -> None:
+    """Write one figure of parity panels."""
     plt = _pyplot()
     columns = min(len(panels), 3)
     rows = -(-len(panels) // columns)
@@ -48,6 +50,8 @@ def parity(path: Path, panels: Sequence[tuple[str, str, np.ndarray, np.ndarray]]
         parity_panel(axis, label, prediction, title, unit)
     for axis in axes.flat[len(panels) :]:
         axis.set_visible(False)
+    if heading:
+        figure.suptitle(heading, fontsize=10)
     figure.savefig(path)
     plt.close(figure)
 
@@ -72,7 +76,7 @@ def learning_curves(axes: Any, curves: Mapping[str, tuple[Sequence[float], Seque
 def comparison(
     path: Path,
     curves: Mapping[str, Mapping[str, tuple[Sequence[float], Sequence[float]]]],
-    panels: Sequence[tuple[str, str, np.ndarray, np.ndarray]],
+    panels: Sequence[Panel],
 ) -> None:
     """Write one figure: learning curves above (y label → run → (steps, values)), parity panels below."""
     plt = _pyplot()
@@ -85,5 +89,36 @@ def comparison(
         parity_panel(axis, label, prediction, title, unit)
     for axis in [*axes[0][len(curves) :], *axes[1][len(panels) :]]:
         axis.set_visible(False)
+    figure.savefig(path)
+    plt.close(figure)
+
+
+def rank_curves(
+    path: Path, one: np.ndarray, two: np.ndarray, difference: np.ndarray, floor: np.ndarray, factor: float
+) -> None:
+    """Write one figure: the losses of 1 and 2 ranks above, [n_steps] each; their difference and the floor below."""
+    from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
+
+    plt = _pyplot()
+    steps = np.arange(1, len(one) + 1)
+    figure, (above, below) = plt.subplots(2, 1, figsize=(6.2, 5.6), sharex=True, layout="constrained")
+    above.plot(steps, one, color=COLORS[0], linewidth=3.5, alpha=0.45, label="1 rank")
+    above.plot(steps, two, color=COLORS[1], linewidth=1.2, label="2 ranks")
+    above.set_ylabel("training loss")
+    above.set_yscale("log")
+    above.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5, 7)))
+    above.yaxis.set_major_formatter(ScalarFormatter())
+    above.yaxis.set_minor_formatter(NullFormatter())
+    above.legend(frameon=False)
+    below.fill_between(
+        steps, floor, factor * floor, color=COLORS[5], alpha=0.2, linewidth=0, label=f"up to {factor:g} × the floor"
+    )
+    below.plot(steps, floor, color=COLORS[5], linewidth=1.2, label="noise floor: 1 rank, other orders of summation")
+    shown = difference > 0  # an exact zero has no place on a logarithmic axis
+    below.plot(steps[shown], difference[shown], "o", markersize=3, color=COLORS[1], label="|2 ranks − 1 rank|")
+    below.set_yscale("log")
+    below.set_xlabel("step")
+    below.set_ylabel("difference of the loss")
+    below.legend(frameon=False, fontsize=8, loc="lower right")
     figure.savefig(path)
     plt.close(figure)

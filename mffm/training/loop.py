@@ -147,6 +147,10 @@ def _run_as_rank(recipe: Recipe, run: Path, resume: bool, ranks: distributed.Ran
         if ranks.is_main:
             write_weights(run / "weights" / "last.safetensors", average)
             write_weights(run / "weights" / "raw.safetensors", raw)
+        if ended != "interrupted" and validator.draw(
+            run / "plots" / "validation.png", f"{recipe.name}, validation at step {state.step}, averaged weights"
+        ):
+            log.image("validation/parity", run / "plots" / "validation.png")
         log.ended(ended)
         log.say(f"{ended} at step {state.step}")
     distributed.barrier()

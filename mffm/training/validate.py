@@ -1,8 +1,10 @@
 """Validation: errors per fidelity and property of the averaged weights, in physical units, on all ranks together."""
 
+from pathlib import Path
+
 import torch
 
-from mffm import distributed
+from mffm import distributed, plots
 from mffm.batch import Batch, reference_energy
 from mffm.data.loader import evaluation_batches
 from mffm.data.pools import choose
@@ -11,7 +13,9 @@ from mffm.errors import InputError
 from mffm.fidelity import FidelityTable
 from mffm.keys import ENERGY, FORCES, PROPERTIES, REPORT_UNITS, STRESS, Property
 from mffm.loss import ErrorSums, Loss
-from mffm.models.potential import Potential
+from mffm.models.potential import Potential, Prediction
+
+PLOTTED = 3000  # points of a parity panel; more are only darker
 
 
 class Validator:
@@ -53,6 +57,7 @@ class Validator:
                 if index % ranks.world_size == ranks.rank:
                     self.batches.append(batch)
                 index += 1
+        self._points = _Points(self.batches, len(fidelities), ranks)
         self.names |= {"val/loss"} | {f"val/{fidelities.names[f]}/loss" for f, _ in self.counts}
         if not self.counts:
             raise InputError(
@@ -86,10 +91,12 @@ class Validator:
             len(self.loss.properties), len(self.fidelities), dtype=torch.float64, device=self.table.device
         )
         potential.eval()
+        self._points.clear()
         for batch in self.batches:
             prediction = potential(batch, forces=True, stress=self.has_stress or self.loss.needs_stress)
             reference = torch.nan_to_num(reference_energy(batch, self.table))
             errors.add(prediction, batch, reference)
+            self._points.add(prediction, batch, reference)
             losses += self.loss(prediction, batch, reference, divisors)[1]
         losses, errors.sums = distributed.sum_over_ranks(losses), distributed.sum_over_ranks(errors.sums)
         metrics: dict[str, float] = {}
@@ -103,3 +110,80 @@ class Validator:
                 metrics[f"val/{name}/{prop}_mae"] = error["mae"] * factor
                 metrics[f"val/{name}/{prop}_rmse"] = error["rmse"] * factor
         return metrics
+
+    def draw(self, path: Path, title: str) -> bool:
+        """Write parity plots of the last validation, a sample of points of every rank; return whether there was one.
+
+        Every rank calls this, rank 0 writes.
+        """
+        panels = self._points.panels(self.fidelities, self.table.device)
+        if not panels or not distributed.ranks_from_environment().is_main:
+            return bool(panels)
+        path.parent.mkdir(exist_ok=True)
+        plots.parity(path, panels, title)
+        return True
+
+
+class _Points:
+    """Labels and predictions of evenly spaced validation points, so many of each (fidelity, property) at most.
+
+    Energies are per atom, the element references subtracted from both.
+    """
+
+    def __init__(self, batches: list[Batch], n_fidelities: int, ranks: distributed.Ranks):
+        self.ranks = ranks
+        self.share = max(1, PLOTTED // ranks.world_size)
+        self.totals = torch.zeros(n_fidelities, len(PROPERTIES), dtype=torch.float64)
+        for batch in batches:
+            f = int(batch.fidelity_idx[0])
+            for p, prop in enumerate(PROPERTIES):
+                size = {ENERGY: torch.ones_like(batch.n_atoms), FORCES: 3 * batch.n_atoms}.get(
+                    prop, torch.full_like(batch.n_atoms, 9)
+                )
+                self.totals[f, p] += float(size[batch.masks[prop]].sum())
+        self.clear()
+
+    def clear(self) -> None:
+        self.seen = torch.zeros_like(self.totals)
+        self.parts: dict[tuple[int, int], list[torch.Tensor]] = {}
+
+    def add(self, prediction: Prediction, batch: Batch, reference: torch.Tensor) -> None:
+        """Keep every so-many-th point of a batch, which holds systems of one fidelity."""
+        f = int(batch.fidelity_idx[0])
+        for p, prop in enumerate(PROPERTIES):
+            mask, value = batch.masks[prop], getattr(prediction, prop)
+            if value is None or not mask.any():
+                continue
+            label = batch.labels[prop]
+            if prop == ENERGY:
+                value, label = value / batch.n_atoms, (label - reference) / batch.n_atoms
+            entries = mask[batch.system_idx] if prop == FORCES else mask
+            pairs = torch.stack([label[entries].double().flatten(), value.detach()[entries].double().flatten()])
+            stride = -(-int(self.totals[f, p]) // self.share)
+            first = -int(self.seen[f, p]) % stride
+            self.parts.setdefault((f, p), []).append(pairs[:, first::stride].cpu())
+            self.seen[f, p] += pairs.shape[1]
+
+    def panels(self, fidelities: FidelityTable, device: torch.device) -> list[plots.Panel]:
+        """Return the panels of all ranks' points; collective."""
+        if not float(distributed.sum_over_ranks(self.seen.sum().to(device))):
+            return []
+        # Every rank has a slot of its own in the sum.
+        slots = torch.zeros(*self.totals.shape, self.ranks.world_size, 3, self.share, dtype=torch.float64)
+        for (f, p), parts in self.parts.items():
+            pairs = torch.cat(parts, dim=1)
+            slots[f, p, self.ranks.rank, 0, : pairs.shape[1]] = 1
+            slots[f, p, self.ranks.rank, 1:, : pairs.shape[1]] = pairs
+        slots = distributed.sum_over_ranks(slots.to(device)).cpu()
+        totals = distributed.sum_over_ranks(self.totals.to(device)).cpu()
+        units = {ENERGY: "eV/atom", FORCES: "eV/Å", STRESS: "eV/Å³"}
+        panels: list[plots.Panel] = []
+        for f, name in enumerate(fidelities.names):
+            for p, prop in enumerate(PROPERTIES):
+                live, label, value = (slots[f, p, :, i].flatten() for i in range(3))
+                n, total = int(live.sum()), int(totals[f, p])
+                if n:
+                    part = "" if n == total else f", {n:,} of {total:,} points"
+                    chosen = (live > 0) & value.isfinite()
+                    panels.append((f"{name} {prop}{part}", units[prop], label[chosen].numpy(), value[chosen].numpy()))
+        return panels

@@ -56,11 +56,24 @@ def test_states(tmp_path: Path):
     assert row.eta_seconds == pytest.approx(70 * 100 / 25, rel=0.1)
     assert running == row.folder
 
-    command = [sys.executable, "-m", "launch.runs", str(tmp_path)]
-    shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    assert "30/100" in shown
-    assert "9 val/pbe/forces_mae" in shown
-    assert "rank 3 of 4 on n2 died: exit code 1" in shown
+    for module in (["launch.runs"], ["mffm", "runs"]):
+        command = [sys.executable, "-m", *module, str(tmp_path)]
+        shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        assert "30/100" in shown
+        assert "9 val/pbe/forces_mae" in shown
+        assert "rank 3 of 4 on n2 died: exit code 1" in shown
+        missing = subprocess.run([*command[:-1], str(tmp_path / "none")], capture_output=True, text=True)
+        assert (missing.returncode, missing.stderr) == (2, f"error: {tmp_path / 'none'}: no such folder\n")
+
+
+def test_the_pace_is_that_of_the_last_rows_of_this_start(tmp_path: Path):
+    begun = time.time() - 5000
+    run = make(tmp_path / "run", {"state": "running", "started": begun, "started_step": 10}, step=30)
+    # steps 1 to 12 are of the start before; then a slow first step, and 2 s a step
+    rows = [{"step": s, "train/loss": 1.0, "time": begun - 100 + s} for s in range(1, 13)]
+    rows += [{"step": s, "train/loss": 1.0, "time": begun + 900 + 2 * s} for s in range(11, 31)]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert runs.read(run).eta_seconds == pytest.approx(70 * 2)
 
 
 def test_duration():

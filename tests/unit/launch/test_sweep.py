@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ from optuna.trial import TrialState
 
 from launch.sweep import Sweep, overrides, plot, summary
 from mffm.config.base import load, validate
+from mffm.config.cluster import ClusterConfig
 from mffm.config.sweep import SweepConfig
 from mffm.errors import InputError
 from mffm.executor import Job, State
@@ -239,12 +241,59 @@ def test_one_controller_a_folder_and_no_orphans(make_recipe: Callable[..., Path]
         orphan.wait()
 
 
+def test_trials_on_a_cluster_are_adopted_and_pruned(
+    make_recipe: Callable[..., Path], tmp_path: Path, slurm_programs: Path, program: Callable[[str, str], None]
+):
+    """With programs in place of SLURM's: what is asked of them, after an interruption and after a bad trial."""
+    folder, recipe = tmp_path / "s", make_recipe()
+    config = sweep_of(early_terminate={"type": "hyperband", "min_iter": 1, "eta": 2})
+    trainings = Trainings(lambda number, n: float(number), validations=8)
+    run_sweep(config, recipe, folder, trainings, 4)
+    cluster = validate(ClusterConfig, {"executor": "slurm"}, "test")
+    program("scontrol", "echo JobState=PENDING")
+    said: list[str] = []
+    first = Sweep(config, recipe, folder, say=said.append, cluster=cluster)
+    threading.Timer(2.0, first._stop.set).start()
+    first.run(5, 1)
+    assert states(first)[4] == "RUNNING"
+    assert said[1:] == ["trial-0004: job 8 submitted", "trial-0004 goes on in the queue"]
+    run = folder / "trial-0004"
+    name = f"sweep-{first.study.user_attrs['token']}-0004"
+    assert f"#SBATCH --job-name={name}" in (slurm_programs / "8.sh").read_text()
+    assert yaml.safe_load((run / "cluster.yaml").read_text())["environment"]["WANDB_RUN_ID"] == name
+
+    with pytest.raises(InputError, match=r"job 8 of an earlier start .* scancel 8"):
+        run_sweep(config, recipe, folder, trainings, 5)
+    # The controller died before it wrote down the job; the job trains, and badly.
+    (run / "job.json").unlink()
+    program("squeue", f'[ "$5" = {name} ] && echo 8')
+    program("scancel", f"echo $1 >> {tmp_path}/cancelled")
+    (run / "metrics.jsonl").write_text("".join(json.dumps({"step": n, "val/loss": 99.0}) + "\n" for n in range(4)))
+    second = Sweep(config, recipe, folder, say=said.append, cluster=cluster)
+    second.run(5, 1)
+    assert states(second)[4] == "PRUNED"
+    assert said[-2:] == ["trial-0004: job 8 adopted", "trial-0004 pruned"]
+    assert (tmp_path / "cancelled").read_text() == "8\n"
+    assert not (slurm_programs / "9.sh").exists()
+
+    program("squeue", "exit 1")
+    program("scontrol", "echo JobState=NODE_FAIL")
+    third = Sweep(config, recipe, folder, say=said.append, cluster=cluster)
+    third.run(6, 1)
+    assert states(third)[5] == "FAIL"
+    assert "job 9 is NODE_FAIL" in said[-1]
+    local = validate(ClusterConfig, {"executor": "local"}, "test")
+    with pytest.raises(InputError, match="needs executor: slurm"):
+        Sweep(config, recipe, folder, cluster=local)
+
+
 def test_the_controller_imports_no_torch():
     code = "import sys, launch.sweep, optuna, matplotlib.figure; print('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT).stdout == "False\n"
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_real_trainings_interrupted_and_resumed(make_recipe: Callable[..., Path], tmp_path: Path):
     recipe = make_recipe(log={"wandb": "offline"}, train={"steps": 60, "validate_every": 2, "save_every": 2})
     yaml_file = tmp_path / "sweep.yaml"
@@ -252,7 +301,7 @@ def test_real_trainings_interrupted_and_resumed(make_recipe: Callable[..., Path]
     yaml_file.write_text(yaml.safe_dump(content))
     folder = tmp_path / "s"
     command = [sys.executable, "-m", "launch.sweep", str(yaml_file), "--recipe", str(recipe)]
-    command += ["--trials", "2", "--workers", "2", "--folder", str(folder)]
+    command += ["--trials", "8", "--workers", "2", "--folder", str(folder)]
     first = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT)
     deadline = time.monotonic() + 120
     while not (folder / "trial-0000" / "checkpoints" / "latest").exists():
@@ -262,11 +311,11 @@ def test_real_trainings_interrupted_and_resumed(make_recipe: Callable[..., Path]
     out = first.communicate(timeout=120)[0]
     assert first.returncode == 75, out
     assert "unfinished" in out
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=200)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=400)
     assert done.returncode == 0, done.stderr
     assert "trial-0000 resumed" in done.stdout
-    assert done.stdout.count("| complete |") == 2
-    for number in range(2):
+    assert done.stdout.count("| complete |") == 8
+    for number in range(8):
         run = folder / f"trial-{number:04d}"
         rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
         steps = [r["step"] for r in rows if "train/loss" in r]

@@ -1,0 +1,114 @@
+"""Trials of a sweep as jobs of a SLURM cluster: an executor that submits a trial, or adopts the job that it has."""
+
+import subprocess
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from launch import records, runs
+from launch.state import TERMINAL, UNKNOWN, slurm_state
+from launch.submit import submit
+from mffm.config.cluster import ClusterConfig
+from mffm.config.recipe import Recipe
+from mffm.executor import Job, State
+
+FORGOTTEN_SECONDS = 60.0  # SLURM does not know the job, and rank 0 gives no sign: it is over
+
+
+@dataclass
+class ClusterExecutor:
+    """Runs one trial as a SLURM job of launch.submit, which is requeued on preemption and time limits.
+
+    A job outlives its controller: one that is queued, runs or has finished since is adopted, not submitted again.
+
+    Attributes:
+        recipe: of the trial, with its run folder.
+        poll_seconds: between two questions to SLURM; the run's files are asked first.
+    """
+
+    recipe: Recipe
+    cluster: ClusterConfig
+    say: Callable[[str], None] = print
+    poll_seconds: float = 5.0
+
+    def run(self, jobs: Sequence[Job], report: Callable[[Mapping[str, State]], None]) -> Mapping[str, State]:
+        """Run the trial, whose job's name must be unique on the cluster; return when its job has ended.
+
+        An exception of ``report`` leaves the job as it is. How the job ended is the last line of ``log``.
+        """
+        (job,) = jobs
+        folder = Path(self.recipe.run_folder)
+        if _is_finished(folder):  # while no controller was there
+            report({job.name: "done"})
+            return {job.name: "done"}
+        job_id = under_way(folder, job.name)
+        how = "adopted"
+        if job_id is None:
+            environment = {**self.cluster.environment, **job.environment}
+            cluster = self.cluster.model_copy(update={"environment": environment})
+            (one,) = submit(self.recipe, cluster, job_name=job.name)
+            job_id, how = one.job.job_id, "submitted"
+        elif records.read_json(folder / "job.json").get("job_id") != job_id:
+            records.write_json(folder / "job.json", {"job_id": job_id, "executor": "slurm"})
+        self._note(job.log, f"job {job_id} {how}")
+        state = self._wait(folder, job, job_id, report)
+        report({job.name: state})
+        return {job.name: state}
+
+    def _wait(self, folder: Path, job: Job, job_id: str, report: Callable[[Mapping[str, State]], None]) -> State:
+        unknown_since: float | None = None
+        while True:
+            report({job.name: "running" if records.status(folder).get("state") == "running" else "waiting"})
+            slurm = slurm_state(job_id)
+            if _is_finished(folder):
+                return "done"
+            if slurm in TERMINAL:
+                self._note(job.log, f"job {job_id} is {slurm}{_reason(folder)}")
+                return "failed"
+            if slurm != UNKNOWN or records.is_alive(folder):
+                unknown_since = None
+            elif unknown_since is None:
+                unknown_since = time.monotonic()
+            elif time.monotonic() - unknown_since > FORGOTTEN_SECONDS:
+                self._note(job.log, f"SLURM knows nothing of job {job_id}{_reason(folder)}")
+                return "failed"
+            time.sleep(self.poll_seconds)
+
+    def _note(self, log: Path, text: str) -> None:
+        with log.open("a") as file:
+            file.write(f"{records.now()} {text}\n")
+        self.say(text)
+
+
+def under_way(folder: Path, name: str) -> str | None:
+    """Return the SLURM job of a trial that is queued or runs, None where there is none.
+
+    The name finds a job whose controller died before it could write job.json.
+    """
+    job = records.read_json(folder / "job.json")
+    job_id = str(job.get("job_id", ""))
+    if job.get("executor") == "slurm" and slurm_state(job_id) not in (*TERMINAL, UNKNOWN):
+        return job_id
+    try:
+        command = ["squeue", "-h", "-o", "%i", "--name", name]
+        found = subprocess.run(command, capture_output=True, text=True, timeout=30).stdout.split()
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return found[0] if found else None
+
+
+def cancel(folder: Path) -> None:
+    """End the job of a trial; it saves first."""
+    job = records.read_json(folder / "job.json")
+    if job.get("executor") == "slurm":
+        subprocess.run(["scancel", str(job["job_id"])], capture_output=True, timeout=30)
+
+
+def _is_finished(folder: Path) -> bool:
+    return records.status(folder).get("state") == "finished"
+
+
+def _reason(folder: Path) -> str:
+    report = runs.read(folder).report
+    return f": {report.read_text().splitlines()[0]}" if report is not None else ""

@@ -1,0 +1,98 @@
+"""Jobs that follow a training: they wait for its end, write release and evaluation, and say why they did not."""
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from launch import records, runs, then
+from launch.submit import load_recipe, submit
+from mffm.config.base import load, validate
+from mffm.config.cluster import ClusterConfig
+from mffm.config.recipe import Recipe
+from mffm.errors import InputError
+
+ROOT = Path(__file__).parents[3]
+CHAIN = ["release", "evaluate"]
+
+
+def cluster(**content: object) -> ClusterConfig:
+    return validate(ClusterConfig, content, "x")
+
+
+def wait(folder: Path, seconds: float = 150.0) -> None:
+    """Wait until the processes of a local chain have ended."""
+    deadline = time.monotonic() + seconds
+    while any(records.process_runs(pid) for pid in records.read_json(folder / "job.json")["then"].values()):
+        assert time.monotonic() < deadline, runs.read(folder)
+        time.sleep(0.1)
+
+
+def test_train_release_evaluate_through_the_local_executor(make_recipe: Callable[..., Path]):
+    (one,) = submit(load(Recipe, make_recipe()), cluster(executor="local", time_minutes=5), steps=CHAIN)
+    assert "release waiting, evaluate waiting" in runs.read(one.folder).then
+    one.job.result()
+    wait(one.folder)
+    row = runs.read(one.folder)
+    assert (row.state, row.then, row.reasons) == ("finished", "release finished, evaluate finished", ())
+    assert (one.folder / "release" / "model.safetensors").is_file()
+    report = json.loads((one.folder / "evaluation-test.json").read_text())
+    assert report["potential"] == str(one.folder / "release")
+    assert (one.folder / "parity-test.png").stat().st_size > 5000
+    shown = subprocess.run(
+        [sys.executable, "-m", "launch.runs", str(one.folder)], capture_output=True, text=True
+    ).stdout
+    assert "release finished, evaluate finished" in shown
+
+    # Once more: everything is there.
+    (again,) = submit(load_recipe(one.folder, []), cluster(executor="local", time_minutes=5), steps=["release"])
+    wait(again.folder)
+    assert runs.read(one.folder).then == "release finished"
+    assert "is there already" in (one.folder / "logs" / "release.log").read_text()
+    records.write_status(one.folder, "stopped")
+    with pytest.raises(InputError, match=r"release: exists, of an earlier run"):
+        submit(load_recipe(one.folder, []), cluster(executor="local"), steps=["release"])
+
+
+def test_a_failed_training_is_followed_by_nothing(make_recipe: Callable[..., Path], stand_in: Callable[[str], None]):
+    stand_in("sys.exit(3)")
+    (one,) = submit(load(Recipe, make_recipe()), cluster(executor="local", time_minutes=5), steps=CHAIN)
+    wait(one.folder)
+    row = runs.read(one.folder)
+    assert (row.state, row.then) == ("failed", "release failed, evaluate failed")
+    assert row.reasons[0] == f"{one.folder}: release failed: the training is failed, not finished"
+    assert not (one.folder / "release").exists()
+
+
+def test_what_slurm_is_told_of_a_chain(make_recipe: Callable[..., Path], slurm_programs: Path):
+    config = cluster(executor="slurm", nodes=2, tasks_per_node=4, gpus_per_node=4)
+    (one,) = submit(load(Recipe, make_recipe()), config, steps=["evaluate", "release"])
+    scripts = [(slurm_programs / f"{n}.sh").read_text() for n in (8, 9, 10)]
+    assert "--dependency" not in scripts[0]
+    for script, before in zip(scripts[1:], (8, 9), strict=True):
+        for line in (
+            f"--dependency=afterok:{before}", "--kill-on-invalid-dep=yes", "--nodes=1", "--ntasks-per-node=1",
+            "--gpus-per-node=1",
+        ):  # fmt: skip
+            assert line in script
+    assert records.read_json(one.folder / "job.json")["then"] == {"evaluate": "9", "release": "10"}
+    assert runs.read(one.folder).then == "evaluate waiting, release waiting"
+    evaluate, release = (
+        then.FollowUp(s, "run", 1, {}, b, "8") for s, b in (("evaluate", []), ("release", ["evaluate"]))
+    )
+    assert (evaluate.command() or [])[3:] == ["evaluate", "run", "--output", "run"]
+    assert (release.command() or [])[3:] == ["release", "run", "run/release"]
+    records.write_json(one.folder / "status.json", {"state": "failed", "job_id": "8", "start": "8.0"})
+    assert runs.read(one.folder).then == "evaluate cancelled, release cancelled"
+
+
+def test_steps_are_known_ones_each_once():
+    assert then.parse(" release, evaluate") == CHAIN
+    assert then.parse(None) == []
+    for text in ("releases", "release,release"):
+        with pytest.raises(InputError, match="steps are evaluate, release"):
+            then.parse(text)
