@@ -1,6 +1,6 @@
 """``python -m MODULE ARGUMENTS`` on every rank of a job, for work that is not a training run."""
 
-import os
+import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -24,15 +24,17 @@ class Command:
         self.environment = dict(environment)
 
     def __call__(self) -> str:
-        """Run the module as one rank; its output goes to ``folder/rank-<r>.log``. Returns the folder.
+        """Run the module as one rank. Its output goes to ``rank-<r>.log``; ``.done`` or ``.failed`` says how it ended.
 
         Raises:
             RuntimeError: the module did not end with exit code 0; the message has its last lines.
+            SystemExit: asked to stop; submitit would ignore SIGTERM.
         """
         import submitit
 
         task = submitit.JobEnvironment()
         path = Path(self.folder) / f"rank-{task.global_rank}.log"
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
         with path.open("wb") as log:
             done = subprocess.run(
                 [sys.executable, "-m", self.module, *self.arguments],
@@ -41,10 +43,7 @@ class Command:
                 stdout=log,
                 stderr=subprocess.STDOUT,
             )
-        if task.global_rank == 0:
-            aside = path.with_name("code.partial")
-            aside.write_text(f"{done.returncode}\n")
-            os.replace(aside, path.with_name("code"))
+        path.with_suffix(".failed" if done.returncode else ".done").touch()
         if done.returncode != 0:
             last = path.read_text(errors="replace").splitlines()[-LAST_LINES:]
             raise RuntimeError(

@@ -21,6 +21,8 @@ from mffm.executor import State
 if TYPE_CHECKING:
     import submitit
 
+POLL_SECONDS = 0.2
+BEREFT_SECONDS = 5.0  # that ranks have to notice that another one failed
 MINUTES = 20  # of one job of the self-test; a short limit starts sooner in a queue
 START = re.compile(rb"^--- start .* host (\S+), pid (\d+),", re.MULTILINE)  # written by launch.task
 
@@ -56,6 +58,8 @@ class Machine:
             )
         update = {"nodes": ranks // per_node, "tasks_per_node": per_node}
         if self.cluster.gpus_per_node:
+            if per_node > self.cluster.gpus_per_node:
+                raise InputError(f"{ranks} ranks on {self.cluster.gpus_per_node} GPU(s): one rank drives one GPU")
             update["gpus_per_node"] = per_node
         return self.cluster.model_copy(update=update)
 
@@ -70,14 +74,14 @@ class Machine:
         return TrainingJob(submit(load_recipe(folder, []), cluster)[0], cluster)
 
     def run(self, module: str, arguments: Sequence[str], ranks: int, folder: Path, seconds: float) -> str | None:
-        """Run a module on every rank and wait; return None, or why it failed.
+        """Run a module on every rank, at most so long after it left the queue; return None, or why it failed.
 
         The folder is emptied of what an earlier run of the module left there.
         """
         cluster, folder = self._of(ranks), folder.resolve()
         folder.mkdir(parents=True, exist_ok=True)
-        for old in (*folder.glob("rank-*.log"), folder / "code"):
-            old.unlink(missing_ok=True)
+        for old in folder.glob("rank-*.*"):
+            old.unlink()
         executor = make_executor(folder / "submitit", module.rpartition(".")[2], cluster, None)
         try:
             job = executor.submit(Command(module, arguments, str(folder), cluster.cpus_per_task, cluster.environment))
@@ -85,13 +89,26 @@ class Machine:
             if type(error).__name__ == "FailedJobError":  # sbatch's own message
                 raise InputError(f"sbatch refused the job: {str(error).strip()}") from error
             raise
-        deadline = time.monotonic() + seconds
-        while (state := job_state(job, cluster, folder)) in ("waiting", "running"):
-            if time.monotonic() > deadline:
-                cancel(job, cluster)
-                return f"not done after {seconds:.0f} s: {last_words(folder)}"
-            time.sleep(0.5 if cluster.executor == "slurm" else 0.1)
-        return None if state == "done" else last_words(folder)
+        try:
+            return _wait(job, cluster, folder, seconds)
+        except BaseException:  # an interrupt must not leave a job behind
+            cancel(job, cluster)
+            raise
+
+
+def _wait(job: "submitit.Job[str]", cluster: ClusterConfig, folder: Path, seconds: float) -> str | None:
+    """Wait for a command; return None, or why it failed."""
+    ran, bereft = 0.0, 0.0  # seconds out of the queue, and since a rank failed
+    while (state := job_state(job, cluster, folder)) in ("waiting", "running"):
+        time.sleep(POLL_SECONDS)
+        ran += POLL_SECONDS if state == "running" else 0.0
+        bereft += POLL_SECONDS if any(folder.glob("rank-*.failed")) else 0.0
+        if bereft > BEREFT_SECONDS:  # this machine has nobody like srun, who ends the others
+            cancel(job, cluster)
+        if ran > seconds:
+            cancel(job, cluster)
+            return f"not done after {seconds:.0f} s: {last_words(folder)}"
+    return None if state == "done" else last_words(folder)
 
 
 class TrainingJob:
@@ -163,7 +180,8 @@ class TrainingJob:
 
 def job_state(job: "submitit.Job[str]", cluster: ClusterConfig, folder: Path) -> State:
     """Return how a job stands that trains, or runs a command, in a folder."""
-    done = records.status(folder).get("state") == "finished" or _code(folder) == "0"
+    n_ranks = cluster.nodes * cluster.tasks_per_node
+    done = records.status(folder).get("state") == "finished" or len(list(folder.glob("rank-*.done"))) == n_ranks
     if cluster.executor == "local":
         return "running" if not job.done() else "done" if done else "failed"
     state = slurm_state(job.job_id)
@@ -187,11 +205,21 @@ def last_words(folder: Path) -> str:
         lines = [line.strip() for line in reports[0].read_text().splitlines() if line.strip()]
         said = "" if lines[-1].startswith("---") else f": {lines[-1]}"  # it printed nothing before it died
         return f"{lines[0]}{said}; {reports[0]}"
-    for pattern in ("rank-*.log", "logs/rank-*.log", "submitit/*.err", "submitit/*.out", "../submitit/*.err"):
-        for path in sorted(folder.glob(pattern), key=lambda path: path.stat().st_mtime, reverse=True):
-            words = [line.strip() for line in path.read_text(errors="replace").splitlines() if line.strip()]
-            if words:
-                return f"{words[-1]}; {path}"
+    for pattern in (
+        "rank-*.failed",
+        "rank-*.log",
+        "logs/rank-*.log",
+        "submitit/*.err",
+        "submitit/*.out",
+        "../submitit/*.err",
+    ):
+        for path in sorted(folder.glob(pattern), key=lambda path: path.stat().st_mtime):  # who died first wrote first
+            path = path.with_suffix(".log") if path.suffix == ".failed" else path
+            lines = [line.strip() for line in path.read_text(errors="replace").splitlines() if line.strip()]
+            own = [line for line in lines if not line.startswith("srun:")] or lines
+            telling = [line for line in own if re.search("error|killed|refused", line, re.IGNORECASE)] or own
+            if telling:
+                return f"{telling[-1]}; {path}"
     return f"nothing was started; {folder}"
 
 
@@ -199,10 +227,3 @@ def parent(pid: int) -> int:
     """Return the parent of a process of this machine."""
     shown = subprocess.run(["ps", "-o", "ppid=", "-p", str(pid)], capture_output=True, text=True, check=True)
     return int(shown.stdout)
-
-
-def _code(folder: Path) -> str:
-    try:
-        return (folder / "code").read_text().strip()
-    except OSError:
-        return ""

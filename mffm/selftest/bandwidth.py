@@ -5,6 +5,7 @@
 
 import argparse
 import json
+import os
 import platform
 import shutil
 import socket
@@ -33,7 +34,8 @@ PACKAGES = ("mffm", "torch", "deepspeed", "numpy", "submitit", "wandb")
 
 def environment(ranks: Ranks, device: torch.device) -> dict[str, str]:
     """Return versions and devices of one rank."""
-    found = {"rank": str(ranks.rank), "host": socket.gethostname(), "python": platform.python_version()}
+    host = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+    found = {"rank": str(ranks.rank), "host": host, "python": platform.python_version()}
     for name in PACKAGES:
         try:
             found[name] = metadata.version(name)
