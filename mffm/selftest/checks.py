@@ -365,11 +365,14 @@ class Selftest:
         out = folder / "parity.json"
         arguments = [str(self.store), str(out), *(["--stages", "0,2"] if self.quick else [])]
         why = self.machine.run("mffm.selftest.parity", arguments, self.n, folder, JOB_SECONDS)
-        if why is not None:
-            raise CheckFailedError(why)
+        if not out.is_file():
+            raise CheckFailedError(why or "mffm.selftest.parity wrote no result")
         entries = json.loads(out.read_text())
         self.report.measured["parity"] = entries
-        return judge_parity(entries, self.parity_bound)
+        results = judge_parity(entries, self.parity_bound)
+        if why is not None and all(result.outcome == "passed" for result in results):
+            raise CheckFailedError(why)
+        return results
 
 
 def judge_environment(ranks: Sequence[Mapping[str, str]], n_ranks: int) -> list[Result]:
@@ -391,10 +394,11 @@ def judge_environment(ranks: Sequence[Mapping[str, str]], n_ranks: int) -> list[
 
 
 def judge_parity(entries: Sequence[Mapping[str, Any]], bound: float) -> list[Result]:
-    """Return one result a ZeRO stage from the cases of ``mffm.selftest.parity``."""
+    """Return one result a ZeRO stage (and offload) from the cases of ``mffm.selftest.parity``."""
     results = []
-    for stage in sorted({entry["stage"] for entry in entries}):
-        cases = [entry for entry in entries if entry["stage"] == stage]
+    kinds = sorted({(entry["stage"], entry.get("offload", "none")) for entry in entries})
+    for stage, offload in kinds:
+        cases = [entry for entry in entries if (entry["stage"], entry.get("offload", "none")) == (stage, offload)]
         gradient = max(float(case["gradient_error"]) for case in cases)
         parameter = max(float(case["parameter_error"]) for case in cases)
         # written so that a NaN fails
@@ -409,7 +413,8 @@ def judge_parity(entries: Sequence[Mapping[str, Any]], bound: float) -> list[Res
             reason = (
                 f"{len(bad)} over {bound:g}, e.g. {one['model']}, {one['case']}, {one['microbatches']} microbatch(es)"
             )
-        results.append(Result(f"gradient parity, ZeRO {stage}", "failed" if bad else "passed", value, reason))
+        name = f"gradient parity, ZeRO {stage}" + ("" if offload == "none" else f", offload {offload}")
+        results.append(Result(name, "failed" if bad else "passed", value, reason))
     if not results:
         raise CheckFailedError("mffm.selftest.parity wrote no case")
     return results

@@ -29,6 +29,8 @@ def test_parity_is_one_row_a_stage_and_fails_over_the_bound():
     (bad,) = judge_parity([case(3, 1e-7), case(3, math.nan)], 1e-5)
     assert (bad.outcome, bad.reason) == ("failed", "1 over 1e-05, e.g. heads, no labels, 3 microbatch(es)")
     assert [r.outcome for r in judge_parity([case(1, 0.0, passed=False)], 1e-5)] == ["failed"]
+    two = judge_parity([case(2, 0.0), {**case(2, 0.0), "offload": "optimizer"}], 1e-5)
+    assert [r.name for r in two] == ["gradient parity, ZeRO 2", "gradient parity, ZeRO 2, offload optimizer"]
     with pytest.raises(CheckFailedError):
         judge_parity([], 1e-5)
 
