@@ -1,1 +1,1 @@
-"""``mffm selftest``: does a cluster compute, resume and communicate as it should, and how fast?"""
+"""Checks of the machine at hand: what must hold of a training on its ranks, device and network, measured there."""
