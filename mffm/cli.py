@@ -2,6 +2,7 @@
 
 import errno
 import json
+import signal
 import sys
 from enum import StrEnum
 from pathlib import Path
@@ -287,6 +288,7 @@ def selftest(
     from launch.machine import Machine
     from mffm.selftest.checks import Selftest
 
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that its jobs are ended too
     machine = Machine(_cluster(cluster), ranks)
     test = Selftest(machine, folder, quick, lambda line: typer.echo(line, err=True))
     report = test.run()
