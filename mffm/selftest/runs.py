@@ -69,6 +69,16 @@ def largest_difference(rows: Rows, reference: Rows, steps: Iterable[int]) -> flo
     return max(abs(rows[s][name] - reference[s][name]) / abs(reference[s][name]) for s in steps)
 
 
+def mean_loss(rows: Rows) -> float:
+    """Return the mean loss over the steps."""
+    return statistics.fmean(row["train/loss"] for row in rows.values())
+
+
+def latest(run: Path) -> int:
+    """Return the step of the newest checkpoint."""
+    return int((run / "checkpoints" / "latest").read_text().strip().removeprefix("step-"))
+
+
 def checkpoint(run: Path, step: int) -> Path:
     """Return the folder of a checkpoint."""
     return run / "checkpoints" / f"step-{step:08d}"
