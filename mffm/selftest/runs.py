@@ -69,6 +69,13 @@ def largest_difference(rows: Rows, reference: Rows, steps: Iterable[int]) -> flo
     return max(abs(rows[s][name] - reference[s][name]) / abs(reference[s][name]) for s in steps)
 
 
+def cut_rows(run: Path, step: int) -> None:
+    """Remove the rows after a step, as a resume does: what is there later, the resumed run has written."""
+    path = run / "metrics.jsonl"
+    lines = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("}\n")]
+    path.write_text("".join(line for line in lines if json.loads(line)["step"] <= step))
+
+
 def mean_loss(rows: Rows) -> float:
     """Return the mean loss over the steps."""
     return statistics.fmean(row["train/loss"] for row in rows.values())

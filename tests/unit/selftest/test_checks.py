@@ -80,6 +80,8 @@ def test_rows_of_two_runs(tmp_path: Path):
     assert runs.first_difference(other, whole, range(1, 3), 1e-2) == "step 2: labels/emt/energy is 5, not 6"
     assert runs.first_difference(other, whole, [1], math.inf) is None
     assert runs.mean_loss(other) == 0.75
+    runs.cut_rows(tmp_path / "c", 2)
+    assert list(runs.training_rows(tmp_path / "c")) == [1, 2]
     nan = write(tmp_path / "e", [row(1, math.nan)])
     assert runs.first_difference(nan, whole, [1], math.inf) is not None
 
