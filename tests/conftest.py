@@ -156,8 +156,8 @@ def run_mffm() -> Callable[..., subprocess.CompletedProcess[str]]:
     return mffm
 
 
-def mffm(*arguments: str, **kwargs: Any) -> subprocess.CompletedProcess[str]:
+def mffm(*arguments: str, timeout: float = 280, **kwargs: Any) -> subprocess.CompletedProcess[str]:
     """Run the command line in a process of its own."""
     return subprocess.run(
-        [sys.executable, "-m", "mffm", *arguments], capture_output=True, text=True, timeout=280, **kwargs
+        [sys.executable, "-m", "mffm", *arguments], capture_output=True, text=True, timeout=timeout, **kwargs
     )
