@@ -81,6 +81,7 @@ CASES: dict[str, Deal] = {
     "ranks with different fidelities": _one_each,
     "an empty microbatch": _last_empty,
     "clipped": _both,
+    "activation checkpointing": _both,
 }
 
 
@@ -206,6 +207,7 @@ def matrix(
                     continue
                 started = time.perf_counter()
                 setup = with_weights(base, weights, device, deepspeed=section, optim={"clip": clip})
+                setup.potential.learned.backbone.recompute = case == "activation checkpointing"
                 gradients, norm, parameters = through_engine(
                     setup, step_plan(base, systems), batches[ranks.rank], ranks
                 )
