@@ -102,12 +102,13 @@ def copied(run: Path, target: Path, step: int) -> Path:
 
 
 def test_every_stage_goes_on_from_every_stage(molecule_store: Path, tmp_path: Path):
-    """3 steps, a checkpoint, 3 steps: bit for bit, at another stage too (clipping apart, stages round alike)."""
+    """3 steps, a checkpoint, 3 steps: bit for bit at the same stage, up to the order of sums at another."""
     output = tmp_path / "resume.json"
     torchrun(2, "-m", "mffm.selftest.resume", str(molecule_store), str(output))
     rows = json.loads(output.read_text())
     assert {(row["from"], row["to"]) for row in rows} == {(s, t) for s in range(4) for t in range(4)}
-    assert all(row["weights"] == row["average"] == row["moments"] == 0 for row in rows)
+    for row in rows:
+        assert max(row["weights"], row["average"], row["moments"]) <= (0 if row["from"] == row["to"] else 1e-6), row
 
 
 def test_two_ranks_then_one_then_two_like_two(molecule_store: Path, tmp_path: Path):

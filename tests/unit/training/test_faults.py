@@ -69,6 +69,7 @@ def test_a_survivor_reports_for_a_process_that_is_gone(tmp_path: Path, monkeypat
 
 def test_ranks_that_noticed_nothing_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("mffm.training.faults.CAUSE_SECONDS", 0.2)
+    monkeypatch.setattr(distributed, "_processes", [])
     faults = Faults(tmp_path, Ranks(0, 3, 0))
     Report(faults.start, 2, 3, "n2", "lost the other ranks: Timed out", "step 3", "mffm resume").write(tmp_path)
     report, _ = fail(faults, RuntimeError("Timed out waiting 20000ms"))
