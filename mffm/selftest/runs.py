@@ -16,7 +16,7 @@ Rows = dict[int, dict[str, float]]
 def training_rows(run: Path) -> Rows:
     """Return the training rows of a run by step, without what depends on the clock."""
     return {
-        step: {name: value for name, value in row.items() if not name.endswith("_per_s")}
+        step: {name: value for name, value in row.items() if name != "time" and not name.endswith("_per_s")}
         for step, row in _rows(run).items()
     }
 
