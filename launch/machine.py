@@ -166,7 +166,7 @@ class TrainingJob:
     def start_now(self) -> None:
         """Let a requeued job start without SLURM's two minutes; where that is forbidden, it waits."""
         if self.cluster.executor == "slurm":
-            command = ["scontrol", "update", f"jobid={self.job.job_id}", "StartTime=now"]
+            command = ["scontrol", "update", f"jobid={self.job.job_id}", "StartTime=now+3"]
             subprocess.run(command, capture_output=True, timeout=60)
 
     def why(self) -> str:

@@ -161,8 +161,8 @@ def test_preemption_requeues_and_goes_on_bit_identically(how: str, submit: Submi
     assert saved is not None
     assert saved < STEPS
     assert runs.read(run).state == "requeued"
-    # SLURM holds a requeued job back for two minutes
-    release = ["scontrol", "update", f"jobid={job}", "StartTime=now"]
+    # SLURM holds a requeued job back for two minutes; within the same second it kills it ("credential revoked")
+    release = ["scontrol", "update", f"jobid={job}", "StartTime=now+3"]
     until(lambda: state.slurm_state(job) == "PENDING", run)
     until(lambda: subprocess.run(release, capture_output=True, timeout=30).returncode == 0, run)
     assert ended(job, run) == "COMPLETED", told(run)

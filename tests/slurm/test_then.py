@@ -64,7 +64,7 @@ def test_the_chain_waits_through_a_preemption(submit: Callable[[int], list[str]]
     until(lambda: state.slurm_state(training) == "PENDING", run)
     assert [state.slurm_state(job) for job in (release, evaluate)] == ["PENDING"] * 2
     assert runs.read(run).then == "release waiting, evaluate waiting"
-    start = ["scontrol", "update", f"jobid={training}", "StartTime=now"]
+    start = ["scontrol", "update", f"jobid={training}", "StartTime=now+3"]
     until(lambda: subprocess.run(start, capture_output=True, timeout=30).returncode == 0, run)
     ends = state.wait([training, release, evaluate], 150, poll_seconds=0.5)
     assert set(ends.values()) == {"COMPLETED"}, ends
