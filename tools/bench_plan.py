@@ -17,7 +17,7 @@ import numpy as np
 from mffm.config.recipe import PlanConfig
 from mffm.data.loader import pack
 from mffm.data.neighbors import count, neighbor_list
-from mffm.data.plan import Plan, Pool
+from mffm.data.plan import ATOM_COST, Plan, Pool
 
 ROOT = Path(__file__).parents[1]
 CUTOFF = 5.0
@@ -61,7 +61,8 @@ def waste_rows(name: str, n_atoms: np.ndarray, n_edges: np.ndarray) -> list[str]
             bins = step.partition(world, 2)
             deal_times.append(time.process_time() - planned)
             step_times.append(planned - started)
-            loads = np.array([step.n_edges[np.concatenate(b)].sum() for b in bins])
+            cost = step.n_edges + ATOM_COST * step.n_atoms
+            loads = np.array([cost[np.concatenate(b)].sum() for b in bins])
             wastes.append(loads.max() / loads.mean() - 1)
             fills.append(step.n_edges.sum() / budget)
             sizes.append(len(step))

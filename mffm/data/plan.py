@@ -29,6 +29,8 @@ __all__ = ["Cursor", "Plan", "Pool", "StepPlan", "build_pools"]
 
 LabelCounts = dict[tuple[int, Property], int]
 _STEPS_TO_MEASURE = 64  # steps from which the mean number of draws per step is taken
+# Edges that cost as much as an atom in a training step of the default backbone (tools/simulate_scaling.py measures it).
+ATOM_COST = 9
 
 
 @dataclass(frozen=True)
@@ -96,8 +98,7 @@ class StepPlan:
             [rank][microbatch] → system indices (int64, ascending), possibly empty. Every system is in exactly one.
         """
         n_bins = world_size * n_microbatches
-        # An atom costs about as much as an edge or more, and isolated atoms have no edge.
-        load = (self.n_edges + self.n_atoms).tolist()
+        load = (self.n_edges + ATOM_COST * self.n_atoms).tolist()
         order = np.argsort(-np.asarray(load), kind="stable").tolist()
         bins: list[list[int]] = [[] for _ in range(n_bins)]
         heap = [(0, b) for b in range(n_bins)]
