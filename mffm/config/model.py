@@ -26,6 +26,9 @@ class DensityConfig(Schema):
     )
     ff_expansion: int = Field(2, ge=1, le=8)
     envelope_power: int = Field(6, ge=3, description="p of the polynomial envelope")
+    charge_and_spin: bool = Field(
+        False, description="total charge (-20 to 20 e) and spin multiplicity (to 20) of a system as inputs of its atoms"
+    )
 
     @model_validator(mode="after")
     def _checks(self) -> "DensityConfig":
@@ -107,6 +110,9 @@ class ModelConfig(Schema):
     backbone: BackboneConfig = DensityConfig()
     conditioning: ConditioningConfig = ConditioningConfig()
     heads: HeadsConfig = HeadsConfig()
+    zbl: bool = Field(
+        False, description="add the Ziegler-Biersack-Littmark repulsion of nuclei below the sum of covalent radii"
+    )
     init_from: dict[str, str] = Field(
         default_factory=dict,
         description="fine-tuning: new fidelity → fidelity of the release that its head, conditioning row and "

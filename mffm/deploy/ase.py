@@ -93,6 +93,8 @@ class Calculator(AseCalculator):
             [0],
             self._loaded.spec.model.backbone.cutoff,
             self.dtype,
+            charge=[int(atoms.info.get("charge", 0))],
+            spin_multiplicity=[int(atoms.info.get("spin_multiplicity", atoms.info.get("spin", 0)))],
         ).to(self.device)
         has_volume = bool(batch.volume[0] > 0)
         prediction = self._potential(batch, forces=True, stress=has_volume)

@@ -25,6 +25,7 @@ from torch.nn import functional as F
 
 from mffm.batch import Batch
 from mffm.config.model import DensityConfig
+from mffm.errors import InputError
 from mffm.keys import N_ELEMENTS
 from mffm.models.angular import Constant, coupling, natural_paths, spherical_harmonics
 from mffm.models.contraction import Bilinear, Square
@@ -38,6 +39,8 @@ SILU_GAIN = 1.679
 # and is linear in what is small, so a degree that vanishes by symmetry, or the density of an atom whose last neighbor
 # leaves, is not blown up to unit size (which would make energies steep and Hessians wrong there).
 NORM_FLOOR = 0.1
+
+MAX_CHARGE, MAX_SPIN = 20, 20  # e; multiplicity
 
 Modulation = tuple[Tensor | None, Tensor | None]
 
@@ -299,6 +302,17 @@ class Layer(nn.Module):
         return self.feed_forward(h, modulations.get(f"{prefix}.update"))
 
 
+def _check_state(batch: Batch) -> None:
+    for name, value, low, high in (
+        ("charge", batch.charge, -MAX_CHARGE, MAX_CHARGE),
+        ("spin multiplicity", batch.spin_multiplicity, 0, MAX_SPIN),
+    ):
+        smallest, largest = (int(v) for v in value.aminmax())
+        if smallest < low or largest > high:
+            found = smallest if smallest < low else largest
+            raise InputError(f"{name} {found}: model.backbone.charge_and_spin covers {low} to {high}")
+
+
 class DensityBackbone(nn.Module):
     """The native backbone; implements ``Backbone``.
 
@@ -312,6 +326,12 @@ class DensityBackbone(nn.Module):
         self.cutoff = config.cutoff
         self.n_features = config.channels
         self.elements = nn.Embedding(N_ELEMENTS + 1, config.channels)
+        self.charges = self.spins = None
+        if config.charge_and_spin:  # at zero: every charge and spin starts as the neutral system
+            self.charges = nn.Embedding(2 * MAX_CHARGE + 1, config.channels)
+            self.spins = nn.Embedding(MAX_SPIN + 1, config.channels)
+            for table in (self.charges, self.spins):
+                nn.init.zeros_(table.weight)
         hidden = config.radial_hidden
         self.trunk = nn.ParameterList(
             [
@@ -361,6 +381,10 @@ class DensityBackbone(nn.Module):
     def forward(self, batch: Batch, edge_vectors: Tensor, modulations: Mapping[str, Modulation]) -> Tensor:
         """Return the features [n_atoms, n_features]."""
         elements = self.elements(batch.atomic_numbers)
+        if self.charges is not None and self.spins is not None:
+            _check_state(batch)
+            state = self.charges(batch.charge + MAX_CHARGE) + self.spins(batch.spin_multiplicity)
+            elements = elements + state[batch.system_idx]
         trunk = [t for pair in zip(self.trunk, self.trunk_bias, strict=True) for t in pair]
         h = [elements.unsqueeze(0)]
         if self.recompute and self.training and torch.is_grad_enabled():

@@ -11,6 +11,7 @@ from mffm.config.model import ConditioningConfig, ModelConfig
 from mffm.errors import InputError, known
 from mffm.models.contraction import sum_over_received, sum_over_sent
 from mffm.models.terms import LearnedTerm, TermOutput
+from mffm.models.zbl import Zbl
 
 
 @dataclass(slots=True)
@@ -51,6 +52,8 @@ class Potential(nn.Module):
         self.fidelities = tuple(fidelities)
         self.avg_neighbors, self.scale = float(avg_neighbors), float(scale)
         self.terms = nn.ModuleDict({"learned": LearnedTerm(config, self.fidelities, avg_neighbors, scale)})
+        if config.zbl:
+            self.terms["zbl"] = Zbl(self.cutoff)
 
     @property
     def learned(self) -> LearnedTerm:
