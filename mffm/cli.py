@@ -5,7 +5,7 @@ import signal
 import sys
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 from rich.console import Console
@@ -233,8 +233,9 @@ def _show_checks(checks: "list[Check]") -> None:
         raise typer.Exit(EXIT_INPUT)
 
 
-def _finish(outcome: "Outcome") -> None:
+def _finish(outcome: "Outcome") -> NoReturn:
     from mffm.distributed import ranks_from_environment, stop
+    from mffm.training.faults import leave
 
     stop()
     if ranks_from_environment().is_main:
@@ -244,8 +245,8 @@ def _finish(outcome: "Outcome") -> None:
             console.print(f"interrupted and saved; go on with: mffm resume {outcome.run}", highlight=False)
         else:
             console.print(f"run: {outcome.run}", highlight=False)
-    if outcome.ended == "interrupted":
-        raise typer.Exit(EXIT_INTERRUPTED)
+    # DeepSpeed's threads now and then abort the interpreter's own way out, after all work is done.
+    leave(EXIT_INTERRUPTED if outcome.ended == "interrupted" else 0)
 
 
 @app.command()

@@ -28,7 +28,7 @@ class Process:
     pid: int
 
 
-_store: "torch.distributed.TCPStore | None" = None
+_store: "torch.distributed.Store | None" = None
 _processes: list[Process] = []
 
 
@@ -61,7 +61,7 @@ def ranks_from_environment(environment: Mapping[str, str] = os.environ) -> Ranks
     return Ranks()
 
 
-def meet(ranks: Ranks, seconds: float = RENDEZVOUS_SECONDS) -> "torch.distributed.TCPStore":
+def meet(ranks: Ranks, seconds: float = RENDEZVOUS_SECONDS) -> "torch.distributed.Store":
     """Return the store at MASTER_ADDR:MASTER_PORT through which the ranks find each other; rank 0 or torchrun hosts it.
 
     Raises:
@@ -86,10 +86,12 @@ def meet(ranks: Ranks, seconds: float = RENDEZVOUS_SECONDS) -> "torch.distribute
         raise InputError(f"MASTER_PORT={os.environ['MASTER_PORT']}: expected a number; export any free port")
     is_host = ranks.is_main and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     try:
-        _store = dist.TCPStore(
+        found = dist.TCPStore(
             os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), ranks.world_size, is_host,
             timedelta(seconds=seconds), wait_for_workers=False, multi_tenant=True,
         )  # fmt: skip
+        # torchrun's store outlives the ranks that it starts again (--max-restarts)
+        _store = dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", found)
     except (RuntimeError, ValueError) as error:
         if is_host:
             cause = "rank 0 cannot listen there; is another job using the port? Give another MASTER_PORT"
@@ -144,7 +146,7 @@ def start(
     return torch.device("cuda", ranks.local_rank) if use_gpu else torch.device("cpu")
 
 
-def _wait_for_all(store: "torch.distributed.TCPStore", ranks: Ranks, seconds: float) -> None:
+def _wait_for_all(store: "torch.distributed.Store", ranks: Ranks, seconds: float) -> None:
     """Wait until every rank has said where it runs.
 
     Raises:

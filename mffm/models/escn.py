@@ -20,6 +20,7 @@ from mffm.errors import InputError, known
 from mffm.models.density import Modulation, modulated
 
 try:
+    from fairchem.core.models.uma.common.quaternion.wigner_d_hybrid import axis_angle_wigner_hybrid
     from fairchem.core.models.uma.escn_md import eSCNMDBackbone
 except ImportError as error:
     raise InputError(
@@ -42,6 +43,15 @@ class _Escn(eSCNMDBackbone):
     def _generate_graph(self, data_dict: _Data) -> dict[str, Tensor]:
         data_dict["scatter_target"] = data_dict["graph"]["edge_index"][1]
         return data_dict["graph"]
+
+    def _get_rotmat_and_wigner(self, edge_distance_vecs: Tensor) -> tuple[Tensor, Tensor]:
+        """Turn every edge frame by no angle about its edge; fairchem draws one at random, of which nothing depends but
+        the rounding and the random numbers of everybody else."""
+        return axis_angle_wigner_hybrid(
+            edge_distance_vecs, self.lmax, gamma=edge_distance_vecs.new_zeros(len(edge_distance_vecs)),
+            coeffs=self.wigner_data.coeffs, U_blocks=self.wigner_data.U_blocks,
+            custom_kernels=self.wigner_data.custom_kernels,
+        )  # fmt: skip
 
     def csd_embedding(self, charge: Tensor, spin: Tensor, dataset: Any) -> Tensor:
         mixed = self.mix_csd(torch.cat((self.charge_embedding(charge), self.spin_embedding(spin)), dim=1))

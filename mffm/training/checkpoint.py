@@ -10,6 +10,8 @@
 DeepSpeed's own formats are not general across world sizes and stages; this one holds full tensors.
 """
 
+import hashlib
+import json
 import os
 import shutil
 from concurrent.futures import ThreadPoolExecutor
@@ -25,7 +27,7 @@ from mffm.release import read_json, read_weights, sha256, write_json, write_weig
 from mffm.training import sharding
 from mffm.training.state import TrainState
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 TENSOR_FILES = ("model.safetensors", "ema.safetensors", "optimizer.safetensors")
 
 
@@ -48,9 +50,8 @@ def save(folder: Path, engine: Any, module: nn.Module, ema: MovingAverage, state
                     write_weights(aside / name, tensors)
                     hashing[name] = pool.submit(sha256, aside / name)
             digests = {name: result.result() for name, result in hashing.items()}
-            write_json(
-                aside / "state.json", {"format_version": FORMAT_VERSION, "sha256": digests, "state": state.to_dict()}
-            )
+            content = {"format_version": FORMAT_VERSION, "sha256": digests, "state": state.to_dict()}
+            write_json(aside / "state.json", {**content, "own_sha256": _digest(content)})
         except (OSError, InputError) as error:
             shutil.rmtree(aside, ignore_errors=True)
             raise InputError(f"{path}: cannot write the checkpoint: {error}; earlier checkpoints are intact") from error
@@ -59,10 +60,18 @@ def save(folder: Path, engine: Any, module: nn.Module, ema: MovingAverage, state
         os.replace(aside, path)
         _sync_folder(folder)
         _point_latest(folder, path.name)
-        for old in sorted(folder.glob("step-*[0-9]"))[:-keep]:
+        there = sorted(folder.glob("step-*[0-9]"))
+        # Later ones are damaged: the run went on from before them. Half-written ones are from a kill.
+        superseded = [p for p in there if p.name > path.name]
+        older = [p for p in there if p.name <= path.name][:-keep]
+        for old in (*superseded, *older, *folder.glob("step-*.partial")):
             shutil.rmtree(old, ignore_errors=True)
     distributed.barrier()
     return path
+
+
+def _digest(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _sync_folder(folder: Path) -> None:
@@ -88,12 +97,16 @@ def newest_whole(folder: Path) -> tuple[Path, TrainState, list[str]] | None:
     The one that ``latest`` names is looked at first, then older ones. None where there is no checkpoint.
 
     Raises:
-        InputError: there are checkpoints, but each is damaged or of another format.
+        InputError: there are checkpoints, but each is damaged or of another format; or ``latest`` names a missing one
+            and there is no other.
     """
     pointer = folder / "latest"
     names = [p.name for p in sorted(folder.glob("step-*[0-9]"), reverse=True)]
-    if pointer.is_file() and (first := pointer.read_text().strip()) in names:
+    first = pointer.read_text(errors="replace").strip() if pointer.is_file() else ""
+    if first in names:
         names = [first, *(n for n in names if n < first)]
+    elif first and not names:
+        raise InputError(f"{folder}: latest names {first[:40]!r}, which is not there; restore it, or start a new run")
     warnings: list[str] = []
     for name in names:
         try:
@@ -111,10 +124,16 @@ def read_state(path: Path) -> TrainState:
     Raises:
         InputError: another format version, a missing file, or one whose SHA-256 differs.
     """
-    content = read_json(path / "state.json")
-    if content.get("format_version") != FORMAT_VERSION:
-        found = content.get("format_version")
-        raise InputError(f"{path}: checkpoint format {found!r}, this version reads {FORMAT_VERSION}")
+    try:
+        content = read_json(path / "state.json")
+        version = content.get("format_version")
+        own = content.pop("own_sha256", None)
+    except (ValueError, AttributeError) as error:
+        raise InputError(f"{path / 'state.json'}: damaged, not the JSON that was written: {error}") from error
+    if version != FORMAT_VERSION:
+        raise InputError(f"{path}: checkpoint format {version!r}, this version reads {FORMAT_VERSION}")
+    if own != _digest(content):
+        raise InputError(f"{path / 'state.json'}: damaged, its SHA-256 differs from the one written with it")
     for name, digest in content["sha256"].items():
         if sha256(path / name) != digest:
             raise InputError(f"{path / name}: damaged, its SHA-256 differs from the one written with it")

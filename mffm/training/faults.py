@@ -32,7 +32,8 @@ LEAVE_SECONDS = 30.0  # from the report to the end, whatever hangs: trackers, na
 
 # gloo, the store and NCCL tell a lost peer by their messages only.
 _LOST_PEER = re.compile(
-    r"connection (closed|reset|refused|timed out)|closed by peer|broken pipe|socket (closed|timeout)|timed? ?out|"
+    r"connection (closed|reset|refused|timed out)|closed by peer|broken pipe|socket (closed|timeout)|"
+    r"^timed out waiting|(collective|operation|wait|gloo|nccl|store).{0,80}(timed out|timeout)|"
     r"no route to host|network is unreachable|remote process|nccl.*(abort|remote|system error)|gloo/transport",
     re.IGNORECASE,
 )
@@ -132,7 +133,11 @@ class Faults:
         self._mark(self.ranks.rank).parent.mkdir(parents=True, exist_ok=True)
         self._mark(self.ranks.rank).touch()
         # At once: survivors end too. Processes of another machine cannot be seen.
-        gone = [r for r, p in enumerate(processes) if p.host == mine and not is_running(p.pid)]
+        gone = [
+            r
+            for r, p in enumerate(processes)
+            if p.host == mine and not is_running(p.pid) and not path_of(self.run, self.start, r).exists()
+        ]
         deadline = time.monotonic() + CAUSE_SECONDS
         while not (cause := self._cause()) and time.monotonic() < deadline:
             time.sleep(0.1)
@@ -212,7 +217,7 @@ def process(call: Callable[[], T]) -> T:
             if not known:
                 tell_others(ranks, message)
             _wait_until_heard(ranks)
-        _leave(EXIT_FAILED if message is None else EXIT_INPUT)
+        leave(EXIT_FAILED if message is None else EXIT_INPUT)
 
 
 def _ignore_signals() -> None:
@@ -257,7 +262,8 @@ def is_told_by_main(ranks: distributed.Ranks, message: str, seconds: float) -> b
     return same
 
 
-def _leave(code: int) -> NoReturn:
+def leave(code: int) -> NoReturn:
+    """End the process at once; what it prints is out."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)  # no destructor of a process group, no thread and no exit hook may keep the rank
@@ -268,4 +274,4 @@ def _end_late() -> None:
     time.sleep(LEAVE_SECONDS)
     if _last is not None:
         print(_last.said, end="", file=sys.stderr, flush=True)
-    _leave(EXIT_FAILED)
+    leave(EXIT_FAILED)

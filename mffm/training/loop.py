@@ -80,7 +80,7 @@ def _run_as_rank(recipe: Recipe, run: Path, resume: bool, ranks: distributed.Ran
     device = distributed.start(ranks, recipe.train.collective_timeout_seconds)
     rendezvous_seconds = time.perf_counter() - started
     faults.joined()
-    saved = checkpoint.newest_whole(run / "checkpoints") if resume else None
+    saved = _newest(run / "checkpoints", ranks) if resume else None
     setup = prepare(recipe, PotentialSpec.read(run / "potential")[0] if saved else None)
     recipe = setup.recipe
     n_microbatches = setup.plan.n_microbatches(ranks.world_size)
@@ -155,6 +155,15 @@ def _run_as_rank(recipe: Recipe, run: Path, resume: bool, ranks: distributed.Ran
         log.say(f"{ended} at step {state.step}")
     distributed.barrier()
     return Outcome(run, state.step, ended, state.best)
+
+
+def _newest(folder: Path, ranks: distributed.Ranks) -> tuple[Path, TrainState, list[str]] | None:
+    """Return rank 0's choice of a checkpoint on every rank: file systems of several nodes may not show the same."""
+    saved = checkpoint.newest_whole(folder) if ranks.is_main else None
+    name = distributed.named_by_main(ranks, "mffm/checkpoint", saved[0].name if saved else "")
+    if name and not ranks.is_main:
+        saved = folder / name, checkpoint.read_state(folder / name), []
+    return saved
 
 
 def _validator(setup: Setup, table: torch.Tensor, ranks: distributed.Ranks) -> Validator:

@@ -84,6 +84,15 @@ def test_charge_and_spin_change_the_energy(kit: SimpleNamespace) -> None:
     assert abs(float(potential(neutral).energy - potential(charged).energy)) > 1e-6
 
 
+def test_it_draws_no_random_numbers(kit: SimpleNamespace) -> None:
+    potential = Potential(kit.config("escn"), kit.fidelities, 6.0, 1.0).eval()
+    batch = kit.batch([kit.molecule(0)], dtype=torch.float32)
+    before = torch.get_rng_state()
+    first, second = potential(batch), potential(batch)
+    assert torch.equal(before, torch.get_rng_state())
+    assert torch.equal(first.forces, second.forces)
+
+
 def test_what_it_cannot_do_is_refused(kit: SimpleNamespace) -> None:
     potential = Potential(kit.config("escn"), kit.fidelities, 6.0, 1.0).double().train()
     with pytest.raises(InputError, match="precision"):

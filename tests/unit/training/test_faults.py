@@ -81,5 +81,8 @@ def test_ranks_that_noticed_nothing_are_named(tmp_path: Path, monkeypatch: pytes
 def test_other_errors_are_the_ranks_own():
     assert not is_lost_peer(RuntimeError("mat1 and mat2 shapes cannot be multiplied (3x4 and 5x6)"))
     assert not is_lost_peer(RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB"))
+    assert not is_lost_peer(RuntimeError("CUDA error: the launch timed out and was terminated"))
+    assert not is_lost_peer(RuntimeError("DataLoader timed out after 10 seconds"))
+    assert is_lost_peer(RuntimeError("Timed out waiting 20000ms for recv operation to complete"))
     assert not is_lost_peer(InputError("Connection closed by peer"))
     assert not is_lost_peer(KeyError("timeout"))
