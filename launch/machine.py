@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from launch import records
 from launch.command import Command
-from launch.state import TERMINAL, UNKNOWN, slurm_state
+from launch.state import NO_ANSWER, TERMINAL, UNKNOWN, slurm_state
 from launch.submit import Submitted, load_recipe, make_executor, submit
 from mffm.config.cluster import ClusterConfig
 from mffm.config.recipe import Recipe
@@ -179,12 +179,17 @@ class TrainingJob:
 
 
 def job_state(job: "submitit.Job[str]", cluster: ClusterConfig, folder: Path) -> State:
-    """Return how a job stands that trains, or runs a command, in a folder."""
+    """Return how a job stands that trains, or runs a command, in a folder.
+
+    While SLURM does not answer, it counts as running: its time goes on, so a wait for it ends.
+    """
     n_ranks = cluster.nodes * cluster.tasks_per_node
     done = records.status(folder).get("state") == "finished" or len(list(folder.glob("rank-*.done"))) == n_ranks
     if cluster.executor == "local":
         return "running" if not job.done() else "done" if done else "failed"
     state = slurm_state(job.job_id)
+    if state == NO_ANSWER:
+        return "running"
     if state in TERMINAL or state == UNKNOWN:
         return "done" if state == "COMPLETED" or (state == UNKNOWN and done) else "failed"
     return "waiting" if state in ("PENDING", "REQUEUED", "CONFIGURING", "RESV_DEL_HOLD") else "running"

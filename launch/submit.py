@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from launch import records, then
-from launch.state import TERMINAL, UNKNOWN, slurm_state
+from launch.state import NO_ANSWER, TERMINAL, UNKNOWN, slurm_state
 from launch.task import Training
 from mffm.config.base import Schema, dump, load
 from mffm.config.cluster import ClusterConfig
@@ -190,13 +190,18 @@ def check_folder(recipe: Recipe, after: str | None = None) -> None:
     A resume takes the run's own recipe: a changed one would silently not be used.
 
     Raises:
-        InputError: with the first differing key, or the job that is under way.
+        InputError: with the first differing key, or the job that is under way, or may be: SLURM does not answer.
     """
     folder = Path(recipe.run_folder)
     job = records.read_json(folder / "job.json")
     job_id = str(job.get("job_id", ""))
     if job.get("executor") == "slurm" and job_id not in (after or "").split(":"):
         state = slurm_state(job_id)
+        if state == NO_ANSWER:
+            raise InputError(
+                f"{folder}: SLURM does not answer, so job {job_id} of this run may be under way; try again when squeue "
+                f"works. If that job is over, remove {folder / 'job.json'}"
+            )
         if state not in TERMINAL and state != UNKNOWN:
             raise InputError(f"{folder}: job {job_id} of this run is {state}; end it first: scancel {job_id}")
     if job.get("executor") == "local" and records.is_alive(folder) and records.process_runs(job_id):
