@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from launch import records
 from launch.command import Command
 from launch.state import NO_ANSWER, TERMINAL, UNKNOWN, slurm_state
-from launch.submit import Submitted, load_recipe, make_executor, submit
+from launch.submit import Submitted, load_recipe, make_executor, refusals, submit
 from mffm.config.cluster import ClusterConfig
 from mffm.config.recipe import Recipe
 from mffm.errors import InputError
@@ -83,12 +83,8 @@ class Machine:
         for old in folder.glob("rank-*.*"):
             old.unlink()
         executor = make_executor(folder / "submitit", module.rpartition(".")[2], cluster, None)
-        try:
+        with refusals("the job"):
             job = executor.submit(Command(module, arguments, str(folder), cluster.cpus_per_task, cluster.environment))
-        except Exception as error:
-            if type(error).__name__ == "FailedJobError":  # sbatch's own message
-                raise InputError(f"sbatch refused the job: {str(error).strip()}") from error
-            raise
         try:
             return _wait(job, cluster, folder, seconds)
         except BaseException:  # an interrupt must not leave a job behind

@@ -90,6 +90,37 @@ def test_what_slurm_is_told_of_a_chain(make_recipe: Callable[..., Path], slurm_p
     assert runs.read(one.folder).then == "evaluate cancelled, release cancelled"
 
 
+def test_a_refused_step_leaves_the_trainings_and_says_how_to_add_it(
+    make_recipe: Callable[..., Path], slurm_programs: Path, program: Callable[[str, str], None], tmp_path: Path
+):
+    """A limit of two jobs: the array of two trainings and the first step are taken."""
+    shell = (slurm_programs.parent / "bin" / "sbatch").read_text().partition("\n")[2]
+    limit = "sbatch: error: QOSMaxSubmitJobPerUserLimit"
+    program("sbatch", f'[ $(ls {slurm_programs} | wc -l) = 2 ] && {{ echo "{limit}" >&2; exit 1; }}\n{shell}')
+    path = tmp_path / "cluster.yaml"
+    path.write_text("executor: slurm\n")
+    command = [sys.executable, "-m", "launch.submit", str(make_recipe()), "--cluster", str(path), "--seeds", "3,5"]
+    done = subprocess.run([*command, "--then", "release,evaluate"], capture_output=True, text=True, cwd=ROOT)
+    runs_ = [tmp_path / "run" / f"seed-{seed}" for seed in (3, 5)]
+    said = done.stderr[done.stderr.index("error: sbatch refused") :].splitlines()
+    assert (done.returncode, "Traceback" in done.stderr) == (2, False)
+    assert said[0] == f"error: sbatch refused evaluate of {runs_[0]}: {limit}"
+    assert said[1] == (
+        f"queued all the same: job 8_0 (training of {runs_[0]}), job 9 (release), job 8_1 (training of {runs_[1]})"
+    )
+    jobs = [records.read_json(run / "job.json") for run in runs_]
+    assert [(job["job_id"], job.get("then")) for job in jobs] == [("8_0", {"release": "9"}), ("8_1", None)]
+    # The limit is gone: the commands that it gave, with the jobs in the queue.
+    program("sbatch", shell)
+    program("scontrol", "echo JobState=PENDING")
+    for line in said[3:]:
+        again = subprocess.run([sys.executable, *line.split()[1:]], capture_output=True, text=True, cwd=ROOT)
+        assert again.returncode == 0, again.stderr
+    assert "--dependency=afterok:8_0:9\n" in (slurm_programs / "10.sh").read_text()
+    assert "--dependency=afterok:8_1\n" in (slurm_programs / "13.sh").read_text()
+    assert records.read_json(runs_[1] / "job.json")["then"] == {"release": "14", "evaluate": "15"}
+
+
 def test_steps_are_known_ones_each_once():
     assert then.parse(" release, evaluate") == CHAIN
     assert then.parse(None) == []
