@@ -6,7 +6,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from launch.task import ending, rank_environment
+from launch.task import ending, prepare_child, rank_environment
 
 LAST_LINES = 20
 
@@ -42,6 +42,7 @@ class Command:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
+                preexec_fn=prepare_child,
             )
         path.with_suffix(".failed" if done.returncode else ".done").touch()
         if done.returncode != 0:

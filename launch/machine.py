@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 
 from launch import records
 from launch.command import Command
-from launch.state import TERMINAL, UNKNOWN, slurm_state
-from launch.submit import Submitted, load_recipe, make_executor, submit
+from launch.state import NO_ANSWER, TERMINAL, UNKNOWN, slurm_state
+from launch.submit import Submitted, load_recipe, make_executor, refusals, submit
 from mffm.config.cluster import ClusterConfig
 from mffm.config.recipe import Recipe
 from mffm.errors import InputError
@@ -83,12 +83,8 @@ class Machine:
         for old in folder.glob("rank-*.*"):
             old.unlink()
         executor = make_executor(folder / "submitit", module.rpartition(".")[2], cluster, None)
-        try:
+        with refusals("the job"):
             job = executor.submit(Command(module, arguments, str(folder), cluster.cpus_per_task, cluster.environment))
-        except Exception as error:
-            if type(error).__name__ == "FailedJobError":  # sbatch's own message
-                raise InputError(f"sbatch refused the job: {str(error).strip()}") from error
-            raise
         try:
             return _wait(job, cluster, folder, seconds)
         except BaseException:  # an interrupt must not leave a job behind
@@ -179,12 +175,17 @@ class TrainingJob:
 
 
 def job_state(job: "submitit.Job[str]", cluster: ClusterConfig, folder: Path) -> State:
-    """Return how a job stands that trains, or runs a command, in a folder."""
+    """Return how a job stands that trains, or runs a command, in a folder.
+
+    While SLURM does not answer, it counts as running: its time goes on, so a wait for it ends.
+    """
     n_ranks = cluster.nodes * cluster.tasks_per_node
     done = records.status(folder).get("state") == "finished" or len(list(folder.glob("rank-*.done"))) == n_ranks
     if cluster.executor == "local":
         return "running" if not job.done() else "done" if done else "failed"
     state = slurm_state(job.job_id)
+    if state == NO_ANSWER:
+        return "running"
     if state in TERMINAL or state == UNKNOWN:
         return "done" if state == "COMPLETED" or (state == UNKNOWN and done) else "failed"
     return "waiting" if state in ("PENDING", "REQUEUED", "CONFIGURING", "RESV_DEL_HOLD") else "running"

@@ -6,7 +6,7 @@ code.json, code.diff   version, git commit, whether the tree had changes, and th
 job.json               job id, executor, nodes × tasks, when it was submitted
 status.json            written by rank 0's task: state, start, when; its mtime is a heartbeat
 logs/rank-<r>.log      output of a rank, appended over all starts
-then/                  <step>.json: state of a job that follows the training
+then/                  <step>.json: state of a job that follows the training; its mtime is a heartbeat
 failures/              <start>-rank-<r>.txt: report of a rank that died; a start is <job id>.<requeues>
 submitit/              submitit's own scripts, pickles and logs of the tasks
 """
@@ -98,11 +98,15 @@ def last_row(folder: Path) -> dict[str, Any]:
 
 def is_alive(folder: Path) -> bool:
     """Return whether rank 0's task says that it runs, and its heartbeat is fresh."""
+    return status(folder).get("state") == "running" and is_fresh(folder / "status.json")
+
+
+def is_fresh(path: Path) -> bool:
+    """Return whether a file whose mtime is a heartbeat was touched lately."""
     try:
-        age = time.time() - (folder / "status.json").stat().st_mtime
+        return time.time() - path.stat().st_mtime < LOST_SECONDS
     except OSError:
         return False
-    return status(folder).get("state") == "running" and age < LOST_SECONDS
 
 
 def process_runs(pid: str) -> bool:

@@ -1,5 +1,6 @@
 """The state of SLURM jobs, with or without accounting: scontrol, else sacct, else squeue; and a wait that ends."""
 
+import math
 import re
 import subprocess
 import time
@@ -11,60 +12,82 @@ TERMINAL = frozenset(
         "REVOKED", "TIMEOUT",
     }
 )  # fmt: skip
-UNKNOWN = "UNKNOWN"
+UNKNOWN = "UNKNOWN"  # the controller answered that it does not know the job: it is over
+NO_ANSWER = "NO_ANSWER"  # the controller is away, or cannot be reached: nothing is known, ask again later
+ANSWER_SECONDS = 30.0  # of one program; SLURM's own MessageTimeout is 10 s by default
 
 
-def slurm_state(job_id: str) -> str:
-    """Return SLURM's state of a job (``12``) or of a task of an array (``12_0``), UNKNOWN where nobody knows it.
+def slurm_state(job_id: str, timeout_seconds: float = math.inf) -> str:
+    """Return SLURM's state of a job (``12``) or of a task of an array (``12_0``), else UNKNOWN or NO_ANSWER.
 
     scontrol and squeue know a job until some minutes after its end (``MinJobAge``); sacct for ever, but only on
-    clusters with accounting.
+    clusters with accounting. UNKNOWN is the word of scontrol or squeue: that sacct has no entry says nothing of a job
+    that was submitted just now.
     """
-    for ask in (_scontrol, _sacct, _squeue):
-        state = ask(job_id)
-        if state is not None:
+    deadline = time.monotonic() + timeout_seconds
+    denied = False
+    for ask in (_SCONTROL, _SACCT, _SQUEUE):
+        state = _ask(ask, job_id, deadline - time.monotonic())
+        if state not in (UNKNOWN, NO_ANSWER):
             return state
-    return UNKNOWN
+        denied |= state == UNKNOWN and ask is not _SACCT
+    return UNKNOWN if denied else NO_ANSWER
+
+
+def named(name: str) -> str | None:
+    """Return the job of a name that is queued or runs, None where SLURM has none, NO_ANSWER where it does not say."""
+    done = _run(["squeue", "-h", "-o", "%i", "--name", name], ANSWER_SECONDS)
+    if done is None or done.returncode != 0:
+        return NO_ANSWER
+    return next(iter(done.stdout.split()), None)
 
 
 def wait(job_ids: Sequence[str], timeout_seconds: float, poll_seconds: float = 1.0) -> dict[str, str]:
     """Wait until all jobs have ended, or the time is over; return the last states.
 
-    A job that SLURM no longer knows is UNKNOWN and counts as ended: nothing more will ever be heard of it.
+    A job that SLURM no longer knows is UNKNOWN and counts as ended: nothing more will ever be heard of it. One of
+    which nothing was heard is NO_ANSWER, and is asked for again.
     """
     deadline = time.monotonic() + timeout_seconds
+    states = dict.fromkeys(job_ids, NO_ANSWER)
     while True:
-        states = {job_id: slurm_state(job_id) for job_id in job_ids}
-        if all(s in TERMINAL or s == UNKNOWN for s in states.values()) or time.monotonic() > deadline:
+        for job_id in states:
+            state = slurm_state(job_id, deadline - time.monotonic())
+            if state != NO_ANSWER or time.monotonic() < deadline:  # else the question was cut short
+                states[job_id] = state
+        left = deadline - time.monotonic()
+        if all(s in TERMINAL or s == UNKNOWN for s in states.values()) or left <= 0:
             return states
-        time.sleep(poll_seconds)
+        time.sleep(min(poll_seconds, left))
 
 
 def node_address(name: str) -> str:
     """Return the address that SLURM has for a node, the name itself where it has none."""
-    found = re.search(r"\bNodeAddr=(\S+)", _output(["scontrol", "-o", "show", "node", name]))
+    done = _run(["scontrol", "-o", "show", "node", name], ANSWER_SECONDS)
+    found = re.search(r"\bNodeAddr=(\S+)", done.stdout) if done is not None and done.returncode == 0 else None
     return found[1] if found else name
 
 
-def _output(command: Sequence[str]) -> str:
+_SCONTROL = ("scontrol", "-o", "show", "job")
+_SACCT = ("sacct", "-X", "--noheader", "--parsable2", "-o", "State", "-j")  # -X: the job, not its steps
+_SQUEUE = ("squeue", "-h", "-t", "all", "-o", "%T", "-j")
+
+
+def _run(command: Sequence[str], seconds: float) -> "subprocess.CompletedProcess[str] | None":
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=30)
+        return subprocess.run(command, capture_output=True, text=True, timeout=seconds)
     except (OSError, subprocess.TimeoutExpired):
-        return ""
-    return done.stdout if done.returncode == 0 else ""
+        return None
 
 
-def _scontrol(job_id: str) -> str | None:
-    found = re.search(r"\bJobState=(\w+)", _output(["scontrol", "-o", "show", "job", job_id]))
-    return found[1] if found else None
-
-
-def _sacct(job_id: str) -> str | None:
-    """``-X``: the job, not its steps. The state may read ``CANCELLED by 1000``."""
-    words = _output(["sacct", "-X", "--noheader", "--parsable2", "-o", "State", "-j", job_id]).split()
-    return words[0] if words else None
-
-
-def _squeue(job_id: str) -> str | None:
-    words = _output(["squeue", "-h", "-t", "all", "-o", "%T", "-j", job_id]).split()
-    return words[0] if words else None
+def _ask(program: Sequence[str], job_id: str, seconds: float) -> str:
+    """Return what one program says; sacct's state may read ``CANCELLED by 1000``."""
+    done = _run([*program, job_id], min(seconds, ANSWER_SECONDS)) if seconds > 0 else None
+    if done is None:
+        return NO_ANSWER
+    if done.returncode != 0:
+        return UNKNOWN if "Invalid job id specified" in done.stderr else NO_ANSWER
+    if program is _SCONTROL:
+        found = re.search(r"\bJobState=(\w+)", done.stdout)
+        return found[1] if found else NO_ANSWER
+    return next(iter(done.stdout.split()), UNKNOWN)

@@ -3,7 +3,8 @@
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from launch import records, then
-from launch.state import TERMINAL, UNKNOWN, slurm_state
+from launch.state import NO_ANSWER, TERMINAL, UNKNOWN, slurm_state
 from launch.task import Training
 from mffm.config.base import Schema, dump, load
 from mffm.config.cluster import ClusterConfig
@@ -50,7 +51,8 @@ def submit(
         steps: what follows each training when it has finished, as jobs of their own; see ``then``.
 
     Raises:
-        InputError: the folder holds another run, its run is under way, or the cluster cannot do what is asked.
+        InputError: the folder holds another run, its run is under way, or the cluster cannot do what is asked; where
+            sbatch took the trainings and refused a step, they stay in the queue.
     """
     if cluster.executor == "local" and (seeds or after):
         raise InputError("executor local has no queue: --seeds and --after need executor: slurm")
@@ -77,16 +79,12 @@ def submit(
     executor = make_executor(base / "submitit", job_name or recipe.name, cluster, after)
     jobs: list[submitit.Job[str]] = []
     bodies = [Training(str(folder), cluster.cpus_per_task, cluster.environment) for folder in folders]
-    try:
+    with refusals("the job"):
         if len(bodies) == 1:
             jobs.append(executor.submit(bodies[0]))
         else:
             with executor.batch():
                 jobs.extend(executor.submit(body) for body in bodies)
-    except Exception as error:
-        if type(error).__name__ == "FailedJobError":  # sbatch's own message
-            raise InputError(f"sbatch refused the job: {str(error).strip()}") from error
-        raise
     for job, folder in zip(jobs, folders, strict=True):
         written = {
             "job_id": job.job_id,
@@ -98,24 +96,70 @@ def submit(
             "submitted_at": records.now(),
         }
         records.write_json(folder / "job.json", written)
-        if steps:
-            followers = follow(job.job_id, folder, cluster, steps, job_name or recipe.name)
-            records.write_json(folder / "job.json", {**written, "then": followers})
-    return [Submitted(job, folder) for job, folder in zip(jobs, folders, strict=True)]
+    submitted = [Submitted(job, folder) for job, folder in zip(jobs, folders, strict=True)]
+    if steps:
+        _follow_all(submitted, cluster, steps, job_name or recipe.name)
+    return submitted
 
 
-def follow(job_id: str, folder: Path, cluster: ClusterConfig, steps: Sequence[str], name: str) -> dict[str, str]:
-    """Submit the steps after a training, each after the one before, on one task; return step → job id."""
+@contextmanager
+def refusals(of: str) -> Iterator[None]:
+    """Make sbatch's refusal an InputError in its own words."""
+    try:
+        yield
+    except Exception as error:
+        if type(error).__name__ == "FailedJobError":
+            raise InputError(f"sbatch refused {of}: {str(error).strip()}") from error
+        raise
+
+
+def _follow_all(submitted: Sequence[Submitted], cluster: ClusterConfig, steps: Sequence[str], name: str) -> None:
+    """Submit what follows each training, up to the first refusal.
+
+    Raises:
+        InputError: a refusal; the trainings stay in the queue, and the message says how to add what is missing.
+    """
+    refusal: InputError | None = None
+    queued, missing = [], []
+    for one in submitted:
+        ids: dict[str, str] = {}
+        if refusal is None:
+            try:
+                follow(one.job.job_id, one.folder, cluster, steps, name, ids)
+            except InputError as error:
+                refusal = error
+            path = one.folder / "job.json"
+            records.write_json(path, {**records.read_json(path), "then": ids})
+        queued += [f"job {one.job.job_id} (training of {one.folder})", *(f"job {ids[step]} ({step})" for step in ids)]
+        if len(ids) < len(steps):
+            after = ":".join((one.job.job_id, *ids.values()))
+            more = f"--cluster {one.folder / 'cluster.yaml'} --after {after} --then {','.join(steps)}"
+            missing.append(f"  python -m launch.submit {one.folder} {more}")
+    if refusal is not None:
+        add = "\n".join(missing)
+        raise InputError(f"{refusal}\nqueued all the same: {', '.join(queued)}\nadd what is missing with:\n{add}")
+
+
+def follow(
+    job_id: str, folder: Path, cluster: ClusterConfig, steps: Sequence[str], name: str, ids: dict[str, str]
+) -> None:
+    """Submit the steps after a training, each after the one before, on one task.
+
+    Args:
+        ids: gets step → job id of every job that is queued.
+
+    Raises:
+        InputError: sbatch refused one.
+    """
     one = {"nodes": 1, "tasks_per_node": 1, "gpus_per_node": min(1, cluster.gpus_per_node)}
     small = cluster.model_copy(update=one)
-    ids: dict[str, str] = {}
     for step in steps:
         after = next(reversed(ids.values()), job_id)
         held = after if cluster.executor == "slurm" else None
         executor = make_executor(folder / "submitit", f"{name}-{step}", small, held)
         body = then.FollowUp(step, str(folder), cluster.cpus_per_task, cluster.environment, list(ids), after)
-        ids[step] = executor.submit(body).job_id
-    return ids
+        with refusals(f"{step} of {folder}"):
+            ids[step] = executor.submit(body).job_id
 
 
 def make_executor(folder: Path, name: str, cluster: ClusterConfig, after: str | None) -> "submitit.AutoExecutor":
@@ -190,13 +234,18 @@ def check_folder(recipe: Recipe, after: str | None = None) -> None:
     A resume takes the run's own recipe: a changed one would silently not be used.
 
     Raises:
-        InputError: with the first differing key, or the job that is under way.
+        InputError: with the first differing key, or the job that is under way, or may be: SLURM does not answer.
     """
     folder = Path(recipe.run_folder)
     job = records.read_json(folder / "job.json")
     job_id = str(job.get("job_id", ""))
     if job.get("executor") == "slurm" and job_id not in (after or "").split(":"):
         state = slurm_state(job_id)
+        if state == NO_ANSWER:
+            raise InputError(
+                f"{folder}: SLURM does not answer, so job {job_id} of this run may be under way; try again when squeue "
+                f"works. If that job is over, remove {folder / 'job.json'}"
+            )
         if state not in TERMINAL and state != UNKNOWN:
             raise InputError(f"{folder}: job {job_id} of this run is {state}; end it first: scancel {job_id}")
     if job.get("executor") == "local" and records.is_alive(folder) and records.process_runs(job_id):

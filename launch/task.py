@@ -109,7 +109,7 @@ class Training:
                 stdin=subprocess.DEVNULL,
                 stdout=stream,
                 stderr=subprocess.STDOUT,
-                preexec_fn=_prepare_child,
+                preexec_fn=prepare_child,
             )
             title = f"start {start}, rank {rank} of {task.num_tasks}, host {node_name()}"
             stream.write(f"--- {title}, pid {process.pid}, {records.now()}\n".encode())
@@ -174,7 +174,7 @@ def write_report(folder: Path, start: str, rank: int, n_ranks: int, code: int, l
     return report.write(folder)[1]
 
 
-def _prepare_child() -> None:
+def prepare_child() -> None:
     """Between fork and exec: ignore warnings until mffm handles them, and die with the task.
 
     SLURM signals every process of a step. Ignoring survives exec; the default would kill mffm while it still imports.

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from launch import records, runs
-from launch.state import TERMINAL, UNKNOWN, slurm_state
+from launch.state import NO_ANSWER, TERMINAL, UNKNOWN, named, slurm_state
 from launch.submit import submit
 from mffm.config.cluster import ClusterConfig
 from mffm.config.recipe import Recipe
+from mffm.errors import InputError
 from mffm.executor import Job, State
 
 FORGOTTEN_SECONDS = 60.0  # SLURM does not know the job, and rank 0 gives no sign: it is over
@@ -42,7 +43,7 @@ class ClusterExecutor:
         if _is_finished(folder):  # while no controller was there
             report({job.name: "done"})
             return {job.name: "done"}
-        job_id = under_way(folder, job.name)
+        job_id = self._under_way(folder, job, report)
         how = "adopted"
         if job_id is None:
             environment = {**self.cluster.environment, **job.environment}
@@ -56,8 +57,22 @@ class ClusterExecutor:
         report({job.name: state})
         return {job.name: state}
 
+    def _under_way(self, folder: Path, job: Job, report: Callable[[Mapping[str, State]], None]) -> str | None:
+        """Return the trial's job, None where there is none; ask until SLURM says which."""
+        silent = False
+        while True:
+            try:
+                return under_way(folder, job.name)
+            except NoAnswerError:
+                if not silent:
+                    self._note(job.log, f"SLURM does not answer; {job.name} waits until it does")
+                silent = True
+            report({job.name: "waiting"})
+            time.sleep(self.poll_seconds)
+
     def _wait(self, folder: Path, job: Job, job_id: str, report: Callable[[Mapping[str, State]], None]) -> State:
         unknown_since: float | None = None
+        silent = False
         while True:
             report({job.name: "running" if records.status(folder).get("state") == "running" else "waiting"})
             slurm = slurm_state(job_id)
@@ -66,6 +81,9 @@ class ClusterExecutor:
             if slurm in TERMINAL:
                 self._note(job.log, f"job {job_id} is {slurm}{_reason(folder)}")
                 return "failed"
+            if (slurm == NO_ANSWER) != silent:
+                silent = not silent
+                self._note(job.log, f"SLURM {'does not answer' if silent else 'answers again'}; job {job_id} is kept")
             if slurm != UNKNOWN or records.is_alive(folder):
                 unknown_since = None
             elif unknown_since is None:
@@ -81,21 +99,32 @@ class ClusterExecutor:
         self.say(text)
 
 
+class NoAnswerError(InputError):
+    """SLURM does not say whether a trial has a job."""
+
+
 def under_way(folder: Path, name: str) -> str | None:
     """Return the SLURM job of a trial that is queued or runs, None where there is none.
 
     The name finds a job whose controller died before it could write job.json.
+
+    Raises:
+        NoAnswerError: SLURM does not answer, and the trial may have a job.
     """
+    if not (folder / "cluster.yaml").is_file():  # launch.submit writes it before it calls sbatch
+        return None
     job = records.read_json(folder / "job.json")
     job_id = str(job.get("job_id", ""))
-    if job.get("executor") == "slurm" and slurm_state(job_id) not in (*TERMINAL, UNKNOWN):
+    state = slurm_state(job_id) if job.get("executor") == "slurm" else UNKNOWN
+    if state not in (*TERMINAL, UNKNOWN, NO_ANSWER):
         return job_id
-    try:
-        command = ["squeue", "-h", "-o", "%i", "--name", name]
-        found = subprocess.run(command, capture_output=True, text=True, timeout=30).stdout.split()
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return found[0] if found else None
+    found = NO_ANSWER if state == NO_ANSWER else named(name)
+    if found == NO_ANSWER:
+        raise NoAnswerError(
+            f"{folder}: SLURM does not answer, so a job may still train it; try again when squeue works. Where there "
+            f"is no such job, remove {folder / 'job.json'} and {folder / 'cluster.yaml'}"
+        )
+    return found
 
 
 def cancel(folder: Path) -> None:

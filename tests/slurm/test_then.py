@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import yaml
 
-from launch import records, runs, state
+from launch import records, runs, state, then
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(300), pytest.mark.usefixtures("slurm")]
 
@@ -86,3 +86,15 @@ def test_a_killed_training_cancels_the_chain(submit: Callable[[int], list[str]],
     row = runs.read(run)
     assert (row.state, row.then) == ("failed", "release cancelled, evaluate cancelled")
     assert not (run / "release").exists()
+
+
+def test_a_cancelled_step_is_stopped_and_so_is_its_process(submit: Callable[[int], list[str]], tmp_path: Path):
+    run = tmp_path / "run"
+    training, release, evaluate = submit(5)
+    until(lambda: then.status(run, "release").get("state") == "running", run)
+    subprocess.run(["scancel", release], check=True, timeout=30)
+    ends = state.wait([training, release, evaluate], 60, poll_seconds=0.5)
+    assert ends == {training: "COMPLETED", release: "CANCELLED", evaluate: "CANCELLED"}
+    assert runs.read(run).then == "release stopped, evaluate not started"
+    assert not (run / "release").exists()
+    assert subprocess.run(["pgrep", "-f", f"mffm release {run} "], capture_output=True).returncode == 1

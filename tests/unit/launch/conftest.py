@@ -21,6 +21,10 @@ if sys.argv[1] == "resume":
 """
 
 
+FORGOTTEN = "echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1"
+AWAY = "echo 'slurm_load_jobs error: Unable to contact slurm controller (connect failure)' >&2; exit 1"
+
+
 @pytest.fixture
 def program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str], None]:
     """Return a function that puts a shell script of a name in front of PATH."""
@@ -42,9 +46,22 @@ def slurm_programs(program: Callable[[str, str], None], tmp_path: Path) -> Path:
     folder = tmp_path / "jobs"
     folder.mkdir()
     program("sbatch", f'n=$(ls {folder} | wc -l); n=$((n + 8)); cp "$1" {folder}/$n.sh; echo Submitted batch job $n')
-    for name in ("srun", "scontrol", "sacct", "squeue"):
-        program(name, "exit 1")
+    program("srun", "exit 1")
+    program("scontrol", FORGOTTEN)
+    program("sacct", "exit 1")
+    program("squeue", f'case "$*" in *--name*) exit 0;; esac; {FORGOTTEN}')
     return folder
+
+
+@pytest.fixture
+def slurm_away(program: Callable[[str, str], None]) -> Callable[[], None]:
+    """Return a function that takes SLURM's controller and its accounting away."""
+
+    def away() -> None:
+        for name in ("scontrol", "sacct", "squeue", "sbatch"):
+            program(name, AWAY)
+
+    return away
 
 
 @pytest.fixture

@@ -1,11 +1,16 @@
 """The self-test's view of a cluster: ranks and nodes, a command on every rank, and a job that never starts."""
 
+import os
+import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import submitit
 
+from launch import records
+from launch.command import Command
 from launch.machine import Machine, last_words
 from mffm.config.base import load
 from mffm.config.cluster import ClusterConfig
@@ -55,6 +60,31 @@ def test_a_command_runs_on_every_rank(tmp_path: Path, monkeypatch: pytest.Monkey
     assert slow is not None
     assert slow.startswith("not done after 1 s")
     assert "nothing was started" in last_words(tmp_path / "empty")
+
+
+def test_a_command_does_not_outlive_its_killed_task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "sleeper.py").write_text(
+        "import os, time; print(os.getpid(), os.getppid(), flush=True); time.sleep(60)\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=":")
+    executor = submitit.AutoExecutor(folder=tmp_path / "submitit", cluster="local")
+    executor.update_parameters(timeout_min=1)
+    executor.submit(Command("sleeper", [], str(tmp_path), 1, {}))
+    log = tmp_path / "rank-0.log"
+    deadline = time.monotonic() + 30
+    while not (log.is_file() and len(log.read_text().split()) == 2):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    child, task = log.read_text().split()
+    os.kill(int(task), signal.SIGKILL)
+    try:
+        deadline = time.monotonic() + 10
+        while records.process_runs(child):
+            assert time.monotonic() < deadline, "the child goes on"
+            time.sleep(0.05)
+    finally:
+        if records.process_runs(child):
+            os.kill(int(child), signal.SIGKILL)
 
 
 def test_a_machine_that_cannot_start_python_fails(make_recipe: Callable[..., Path], tmp_path: Path):

@@ -3,12 +3,17 @@
 import time
 from collections.abc import Callable
 
-from launch.state import slurm_state, wait
+import pytest
+
+from launch.state import named, slurm_state, wait
+
+FORGOTTEN = "echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1"
+AWAY = "echo 'slurm_load_jobs error: Unable to contact slurm controller (connect failure)' >&2; exit 1"
 
 
 def test_scontrol_then_sacct_then_squeue(program: Callable[[str, str], None]):
     for name in ("scontrol", "sacct", "squeue"):
-        program(name, "exit 1")
+        program(name, FORGOTTEN)
     assert slurm_state("12") == "UNKNOWN"
     program("squeue", "echo PENDING")
     assert slurm_state("12") == "PENDING"
@@ -19,10 +24,37 @@ def test_scontrol_then_sacct_then_squeue(program: Callable[[str, str], None]):
 
 
 def test_accounting_that_is_switched_off_is_no_answer(program: Callable[[str, str], None]):
-    program("scontrol", "echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1")
+    program("scontrol", FORGOTTEN)
     program("sacct", "echo 'Slurm accounting storage is disabled' >&2; exit 1")
-    program("squeue", "exit 1")
+    program("squeue", AWAY)
     assert slurm_state("12") == "UNKNOWN"
+
+
+@pytest.mark.parametrize("sacct", ["exit 0", "echo 'sacct: error: Connection refused' >&2; exit 1"])
+def test_an_outage_is_no_word_on_the_job(program: Callable[[str, str], None], sacct: str):
+    """Not even where accounting answers, and has no entry of the job yet."""
+    for name in ("scontrol", "squeue"):
+        program(name, AWAY)
+    program("sacct", sacct)
+    assert slurm_state("12") == "NO_ANSWER"
+    assert named("trial") == "NO_ANSWER"
+    program("squeue", "exit 0")
+    assert slurm_state("12") == "UNKNOWN"
+    assert named("trial") is None
+    program("squeue", "echo 12; echo 13")
+    assert named("trial") == "12"
+
+
+def test_a_wait_ends_in_an_outage(program: Callable[[str, str], None]):
+    for name in ("scontrol", "sacct", "squeue"):
+        program(name, "exec sleep 20")
+    started = time.monotonic()
+    assert wait(["12", "13"], 1.0) == {"12": "NO_ANSWER", "13": "NO_ANSWER"}
+    assert time.monotonic() - started < 5
+    for name in ("scontrol", "sacct", "squeue"):
+        program(name, AWAY)
+    assert wait(["12"], 0.5, poll_seconds=0.1) == {"12": "NO_ANSWER"}
+    assert time.monotonic() - started < 10
 
 
 def test_a_wait_ends(program: Callable[[str, str], None]):

@@ -1,6 +1,8 @@
 """Jobs that follow a training: they wait for its end, write release and evaluation, and say why they did not."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -8,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import submitit
 
 from launch import records, runs, then
 from launch.submit import load_recipe, submit
@@ -68,6 +71,57 @@ def test_a_failed_training_is_followed_by_nothing(make_recipe: Callable[..., Pat
     assert not (one.folder / "release").exists()
 
 
+def until(condition: Callable[[], object], seconds: float = 30.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize("how", ["scancel", "kill -9"])
+def test_a_step_ends_with_its_job(stand_in: Callable[[str], None], tmp_path: Path, how: str):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    stand_in("")
+    main = tmp_path / "work" / "mffm" / "__main__.py"
+    main.write_text("import os, time; print(os.getpid(), os.getppid(), flush=True); time.sleep(60)\n")
+    records.write_status(folder, "finished")
+    executor = submitit.AutoExecutor(folder=folder / "submitit", cluster="local")
+    executor.update_parameters(timeout_min=1)
+    job = executor.submit(then.FollowUp("release", str(folder), 1, {}, [], str(os.getpid())))
+    records.write_json(folder / "job.json", {"job_id": "1", "then": {"release": job.job_id, "evaluate": "x"}})
+    log = folder / "logs" / "release.log"
+    until(lambda: log.is_file() and len(log.read_text().split()) == 2)
+    child, task = log.read_text().split()
+    try:
+        assert runs.read(folder).then == "release running, evaluate waiting"
+        os.kill(int(task), signal.SIGTERM if how == "scancel" else signal.SIGKILL)
+        until(lambda: not records.process_runs(child), 10)
+        until(lambda: not records.process_runs(task), 10)
+    finally:
+        if records.process_runs(child):
+            os.kill(int(child), signal.SIGKILL)
+    if how == "kill -9":
+        old = time.time() - 2 * records.LOST_SECONDS
+        os.utime(folder / "then" / "release.json", (old, old))
+    state = "stopped" if how == "scancel" else "lost"
+    assert runs.read(folder).then == f"release {state}, evaluate not started"
+
+
+def test_a_step_that_takes_long_gives_signs_of_life(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    then.write_status(tmp_path, "release", "running", "9")
+    old = time.time() - 2 * records.LOST_SECONDS
+    os.utime(then.path_of(tmp_path, "release"), (old, old))
+    job = {"then": {"release": "9"}}
+    assert then.shown(tmp_path, job, "finished")[0] == "release lost"
+    monkeypatch.setattr(records, "HEARTBEAT_SECONDS", 0.1)
+    step = then.FollowUp("release", str(tmp_path), 1, {"CODE": "3"}, [], "8")
+    with (tmp_path / "log").open("wb") as log:
+        assert step._run(["sh", "-c", "sleep 1; exit $CODE"], log, dict(os.environ), set()) == 3
+        assert then.shown(tmp_path, job, "finished")[0] == "release running"
+        assert step._run(["sleep", "60"], log, dict(os.environ), {signal.SIGTERM}) == -signal.SIGKILL
+
+
 def test_what_slurm_is_told_of_a_chain(make_recipe: Callable[..., Path], slurm_programs: Path):
     config = cluster(executor="slurm", nodes=2, tasks_per_node=4, gpus_per_node=4)
     (one,) = submit(load(Recipe, make_recipe()), config, steps=["evaluate", "release"])
@@ -88,6 +142,37 @@ def test_what_slurm_is_told_of_a_chain(make_recipe: Callable[..., Path], slurm_p
     assert (release.command() or [])[3:] == ["release", "run", "run/release"]
     records.write_json(one.folder / "status.json", {"state": "failed", "job_id": "8", "start": "8.0"})
     assert runs.read(one.folder).then == "evaluate cancelled, release cancelled"
+
+
+def test_a_refused_step_leaves_the_trainings_and_says_how_to_add_it(
+    make_recipe: Callable[..., Path], slurm_programs: Path, program: Callable[[str, str], None], tmp_path: Path
+):
+    """A limit of two jobs: the array of two trainings and the first step are taken."""
+    shell = (slurm_programs.parent / "bin" / "sbatch").read_text().partition("\n")[2]
+    limit = "sbatch: error: QOSMaxSubmitJobPerUserLimit"
+    program("sbatch", f'[ $(ls {slurm_programs} | wc -l) = 2 ] && {{ echo "{limit}" >&2; exit 1; }}\n{shell}')
+    path = tmp_path / "cluster.yaml"
+    path.write_text("executor: slurm\n")
+    command = [sys.executable, "-m", "launch.submit", str(make_recipe()), "--cluster", str(path), "--seeds", "3,5"]
+    done = subprocess.run([*command, "--then", "release,evaluate"], capture_output=True, text=True, cwd=ROOT)
+    runs_ = [tmp_path / "run" / f"seed-{seed}" for seed in (3, 5)]
+    said = done.stderr[done.stderr.index("error: sbatch refused") :].splitlines()
+    assert (done.returncode, "Traceback" in done.stderr) == (2, False)
+    assert said[0] == f"error: sbatch refused evaluate of {runs_[0]}: {limit}"
+    assert said[1] == (
+        f"queued all the same: job 8_0 (training of {runs_[0]}), job 9 (release), job 8_1 (training of {runs_[1]})"
+    )
+    jobs = [records.read_json(run / "job.json") for run in runs_]
+    assert [(job["job_id"], job.get("then")) for job in jobs] == [("8_0", {"release": "9"}), ("8_1", None)]
+    # The limit is gone: the commands that it gave, with the jobs in the queue.
+    program("sbatch", shell)
+    program("scontrol", "echo JobState=PENDING")
+    for line in said[3:]:
+        again = subprocess.run([sys.executable, *line.split()[1:]], capture_output=True, text=True, cwd=ROOT)
+        assert again.returncode == 0, again.stderr
+    assert "--dependency=afterok:8_0:9\n" in (slurm_programs / "10.sh").read_text()
+    assert "--dependency=afterok:8_1\n" in (slurm_programs / "13.sh").read_text()
+    assert records.read_json(runs_[1] / "job.json")["then"] == {"release": "14", "evaluate": "15"}
 
 
 def test_steps_are_known_ones_each_once():
