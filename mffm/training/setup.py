@@ -300,8 +300,13 @@ RECIPE_KEYS = {
 
 
 def _refuse_overrides(overrides: Mapping[str, Any]) -> None:
-    zero = overrides.get("zero_optimization")
-    given = [*overrides, *(f"zero_optimization.{k}" for k in (zero if isinstance(zero, Mapping) else ()))]
+    zero = overrides.get("zero_optimization", {})
+    if not isinstance(zero, Mapping):
+        raise InputError(
+            f"deepspeed.overrides.zero_optimization: {zero!r}; expected keys and values, which are merged over the "
+            "generated ones; the stage is the recipe's deepspeed.zero_stage"
+        )
+    given = [*overrides, *(f"zero_optimization.{k}" for k in zero)]
     for key in given:
         if key in RECIPE_KEYS:
             raise InputError(f"deepspeed.overrides.{key}: not to be overridden; the recipe's key is {RECIPE_KEYS[key]}")

@@ -130,6 +130,8 @@ def test_unknown_best_metric_and_cutoff_without_counts(make_recipe: Callable[...
 def test_what_decides_the_numbers_is_not_overridden_behind_the_recipe(make_recipe: Callable[..., Path]):
     recipe = make_recipe(deepspeed={"overrides": {"gradient_accumulation_steps": 1}})
     assert "the recipe's key is data.plan.edges_per_microbatch" in refused("train", str(recipe))
+    recipe = make_recipe(deepspeed={"overrides": {"zero_optimization": 3}})
+    assert "deepspeed.overrides.zero_optimization: 3; expected keys and values" in refused("train", str(recipe))
     assert "model.init_from needs start_from" in refused("train", str(make_recipe()), "model.init_from={pbe: gfn2}")
     assert "optim.betas" in refused("train", str(make_recipe()), "optim.betas=[0.9, 1.5]")
     assert "loss.weights" in refused("train", str(make_recipe()), "loss.weights={pbe: {energy: -1}}")
