@@ -1,32 +1,99 @@
-"""Optimiser groups, the learning-rate schedule as a function of the step, and the moving average of the weights."""
+"""Optimisers, the learning-rate schedule as a function of the step, and the moving average of the weights.
+
+adamw  every parameter on its own.
+soap   matrices in the eigenbasis of their gradients' second moments (``Soap``), the rest by AdamW.
+muon   matrices by an orthogonalised momentum (``torch.optim.Muon``), the rest by AdamW.
+"""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mffm.config.recipe import OptimConfig
 
+DAMPING = 1e-3  # of the largest eigenvalue, added to all; a float32's rounding is 1e-7 of it
+FIRST_TURNS = 10  # of the bases at the first step
+BETAS = {"adamw": (0.9, 0.999), "soap": (0.95, 0.95), "muon": (0.9, 0.999)}  # where the recipe gives none
 
-def adamw(module: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
-    """Return AdamW over two groups: matrices decay; biases, norm gains and what a fidelity adds to them do not.
+
+def make_optimizer(module: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
+    """Return the recipe's optimiser: decay where ``decays``, and by matrix where ``by_matrix``.
+
+    The state of a parameter is in ``optimizer.state`` in all kinds, whole tensors besides the number of steps.
+    """
+    named = list(module.named_parameters())
+    matrices = by_matrix(module, config)
+    betas = config.betas or BETAS[config.kind]
+    rest = [(name, p) for name, p in named if name not in matrices]
+    groups = [
+        {"params": [p for name, p in rest if decays(name, p)], "weight_decay": config.weight_decay},
+        {"params": [p for name, p in rest if not decays(name, p)], "weight_decay": 0.0},
+    ]
+    groups = [g for g in groups if g["params"]]
+    parts: list[torch.optim.Optimizer] = []
+    if matrices:
+        own = [p for name, p in named if name in matrices]
+        if config.kind == "soap":
+            every, largest = config.precondition_every, config.max_precondition_dim
+            parts.append(Soap(own, config.lr, betas, config.eps, config.weight_decay, every, largest))
+        else:  # updates of AdamW's size, so that one learning rate serves both
+            parts.append(
+                torch.optim.Muon(
+                    own, lr=config.lr, weight_decay=config.weight_decay, momentum=config.momentum,
+                    adjust_lr_fn="match_rms_adamw",
+                )
+            )  # fmt: skip
+    if groups:
+        parts.append(torch.optim.AdamW(groups, lr=config.lr, betas=betas, eps=config.eps, foreach=True))
+    return parts[0] if len(parts) == 1 else Together(parts)
+
+
+def decays(name: str, parameter: Tensor) -> bool:
+    """Return whether a parameter of a potential gets weight decay: matrices do; biases, norm gains and what a fidelity
+    adds to them do not.
 
     Shapes do not tell: a bias with one row per fidelity is a matrix. Decaying it would pull each fidelity's offset to
     zero in one kind of heads and not in another.
     """
-    decaying = [p for name, p in module.named_parameters() if decays(name, p)]
-    others = [p for name, p in module.named_parameters() if not decays(name, p)]
-    groups = [{"params": decaying, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    return torch.optim.AdamW(
-        [g for g in groups if g["params"]], lr=config.lr, betas=config.betas, eps=config.eps, foreach=True
-    )
-
-
-def decays(name: str, parameter: Tensor) -> bool:
-    """Return whether a parameter of a potential gets weight decay."""
     apart = ("bias", "norm.", "conditioning.table")
     return parameter.ndim >= 2 and not any(part in name for part in apart)
+
+
+def by_matrix(module: nn.Module, config: OptimConfig) -> set[str]:
+    """Return the names of the parameters that soap and muon take as matrices: linear maps; of soap stacks of them too.
+
+    Not embeddings, whose rows are apart: a batch has few of the elements. Not a map to or from one number: a vector.
+    """
+    if config.kind == "adamw":
+        return set()
+    embeddings = {id(m.weight) for m in module.modules() if isinstance(m, nn.Embedding)}
+    return {
+        name
+        for name, p in module.named_parameters()
+        if decays(name, p)
+        and id(p) not in embeddings
+        and min(p.shape[-2:]) > 1
+        and (p.ndim == 2 or config.kind == "soap")  # torch's Muon takes no stacks
+    }
+
+
+def state_shapes(module: nn.Module, config: OptimConfig) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of the optimiser's whole state but for the number of steps, as <key>/<parameter>."""
+    matrices, shapes = by_matrix(module, config), {}
+    for name, p in module.named_parameters():
+        shape = tuple(p.shape)
+        if name in matrices and config.kind == "muon":
+            shapes[f"momentum_buffer/{name}"] = shape
+            continue
+        shapes |= {f"{key}/{name}": shape for key in ("exp_avg", "exp_avg_sq")}
+        for side, size in zip(("rows", "columns"), shape[-2:] if name in matrices else (), strict=False):
+            if size <= config.max_precondition_dim:
+                shapes |= {f"{key}_{side}/{name}": (*shape[:-2], size, size) for key in ("gram", "basis")}
+    return shapes
 
 
 def learning_rate(step: int, total: int, config: OptimConfig) -> float:
@@ -37,6 +104,206 @@ def learning_rate(step: int, total: int, config: OptimConfig) -> float:
     progress = min((step - config.warmup_steps) / span, 1.0)
     low = config.final_lr_fraction
     return config.lr * (low + (1 - low) * 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+class Together(torch.optim.Optimizer):
+    """Optimisers of different parameters as one: their groups and the state of all."""
+
+    def __init__(self, parts: list[torch.optim.Optimizer]):
+        super().__init__([group for part in parts for group in part.param_groups], {})
+        self.parts = parts
+        for part in parts:  # the groups are the same dicts already
+            part.state = self.state
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for part in self.parts:
+            part.step()
+        return loss
+
+
+@dataclass
+class _Stack:
+    """All matrices of one shape [m, n], one after the other.
+
+    Attributes:
+        parameters: the k matrices [m, n] come from; one of [f, m, n] gives f.
+        exp_avg, exp_avg_sq: [k, m, n] moments in the eigenbasis.
+        grams: moments of G Gᵀ [k, m, m] and Gᵀ G [k, n, n]; None where the side is too large.
+        bases: their eigenvectors, in columns.
+    """
+
+    parameters: list[nn.Parameter]
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
+    grams: list[Tensor | None]
+    bases: list[Tensor | None]
+
+    def tensors(self) -> dict[str, Tensor]:
+        named = {"exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq}
+        for side, gram, basis in zip(("rows", "columns"), self.grams, self.bases, strict=True):
+            if gram is not None and basis is not None:
+                named |= {f"gram_{side}": gram, f"basis_{side}": basis}
+        return named
+
+    def stacked(self, parts: Iterable[Tensor]) -> Tensor:
+        """Return tensors of the parameters' leading axes as one [k, ...]."""
+        return torch.cat([t.reshape(-1, *t.shape[-2:]) for t in parts])
+
+    def parts(self, stacked: Tensor) -> list[Tensor]:
+        """Return a tensor [k, a, b] as views, one for each parameter, with its leading axes."""
+        sizes = [p.numel() // (p.shape[-2] * p.shape[-1]) for p in self.parameters]
+        return [
+            v.view(*p.shape[:-2], *v.shape[-2:]) for p, v in zip(self.parameters, stacked.split(sizes), strict=True)
+        ]
+
+    def rotated(self, x: Tensor, back: bool = False) -> Tensor:
+        """Return x [k, m, n] in the eigenbasis, or from it."""
+        left, right = self.bases
+        if left is not None:
+            x = torch.bmm(left if back else left.mT, x)
+        if right is not None:
+            x = torch.bmm(x, right.mT if back else right)
+        return x
+
+
+class Soap(torch.optim.Optimizer):
+    """SOAP (Vyas et al. 2024, arXiv 2409.11321, algorithm 3): Adam in the eigenbasis of Shampoo's preconditioner.
+
+    For a weight [m, n] with gradient G the averages of G Gᵀ and Gᵀ G give a basis each. Every so many steps one step
+    of orthogonal iteration (a product and a QR) follows them. As in the authors' code the first step only sets them,
+    and weights stay: in the basis of its own gradient, all but the diagonal is rounding.
+
+    Other than in the paper the iteration is damped and starts at the identity instead of ``eigh``. A gradient of few
+    systems has no component along many directions; undamped, rounding decides their basis, and with it the updates:
+    another one on another number of ranks.
+
+    The first moment is kept in the eigenbasis and turned when that turns, which is the same as the paper's. Weights of
+    one shape are done at once; those of more than two axes are stacks of matrices, each with a basis of its own.
+
+    Args:
+        every: steps between updates of the basis.
+        largest: a longer side keeps the identity for its basis.
+    """
+
+    def __init__(
+        self,
+        parameters: Iterable[nn.Parameter],
+        lr: float,
+        betas: tuple[float, float],
+        eps: float,
+        weight_decay: float,
+        every: int,
+        largest: int,
+    ):
+        defaults = {
+            "lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "every": every, "largest": largest,
+        }  # fmt: skip
+        super().__init__(parameters, defaults)
+        self._stacks: list[list[_Stack]] = []
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if not self._stacks or not self._is_ours():
+            self._stacks = [self._stacked(group) for group in self.param_groups]
+        for group, stacks in zip(self.param_groups, self._stacks, strict=True):
+            self._update(group, stacks)
+        return loss
+
+    def _is_ours(self) -> bool:
+        """Return whether the states are still views of the stacks: a resume puts tensors of its own there."""
+        return all(
+            self.state[p].get("exp_avg") is not None and self.state[p]["exp_avg"].data_ptr() == part.data_ptr()
+            for stacks in self._stacks
+            for stack in stacks
+            for p, part in zip(stack.parameters, stack.parts(stack.exp_avg), strict=True)
+        )
+
+    def _stacked(self, group: dict[str, Any]) -> list[_Stack]:
+        """Return stacks of the group's parameters, from their states where they have one; make these views of it."""
+        shapes: dict[Any, list[nn.Parameter]] = {}
+        for p in group["params"]:
+            shapes.setdefault((p.shape[-2:], p.device, p.dtype), []).append(p)
+        stacks = []
+        for ((m, n), device, dtype), parameters in shapes.items():
+            k = sum(p.numel() for p in parameters) // (m * n)
+
+            like = {"device": device, "dtype": dtype}
+            sides = [s if s <= group["largest"] else None for s in (m, n)]
+            stack = _Stack(
+                parameters,
+                torch.zeros(k, m, n, **like),
+                torch.zeros(k, m, n, **like),
+                [torch.zeros(k, s, s, **like) if s else None for s in sides],
+                [torch.eye(s, **like).repeat(k, 1, 1) if s else None for s in sides],
+            )
+            for key, whole in stack.tensors().items():
+                for p, part in zip(parameters, stack.parts(whole), strict=True):
+                    if key in self.state[p]:
+                        part.copy_(self.state[p][key])
+                    self.state[p][key] = part
+            for p in parameters:
+                self.state[p].setdefault("step", torch.tensor(0.0))
+            stacks.append(stack)
+        return stacks
+
+    def _update(self, group: dict[str, Any], stacks: list[_Stack]) -> None:
+        lr, (beta1, beta2), eps = group["lr"], group["betas"], group["eps"]
+        steps = [self.state[p]["step"] for p in group["params"]]
+        torch._foreach_add_(steps, 1.0)
+        step = int(steps[0])
+        gradients = [
+            s.stacked([p.grad if p.grad is not None else torch.zeros_like(p) for p in s.parameters]) for s in stacks
+        ]
+        if step > 1:
+            rotated = [s.rotated(g) for s, g in zip(stacks, gradients, strict=True)]
+            first, second = [s.exp_avg for s in stacks], [s.exp_avg_sq for s in stacks]
+            torch._foreach_lerp_(first, rotated, 1 - beta1)
+            torch._foreach_mul_(second, beta2)
+            torch._foreach_addcmul_(second, rotated, rotated, 1 - beta2)
+            n_updates = step - 1
+            sizes = torch._foreach_sqrt(second)
+            torch._foreach_div_(sizes, math.sqrt(1 - beta2**n_updates))
+            torch._foreach_add_(sizes, eps)
+            updates = torch._foreach_div(first, sizes)
+            parameters: list[Tensor] = [p for s in stacks for p in s.parameters]
+            ways = [w for s, u in zip(stacks, updates, strict=True) for w in s.parts(s.rotated(u, back=True))]
+            torch._foreach_mul_(parameters, 1 - lr * group["weight_decay"])
+            torch._foreach_add_(parameters, ways, alpha=-lr / (1 - beta1**n_updates))
+        for stack, gradient in zip(stacks, gradients, strict=True):
+            for gram, left in zip(stack.grams, (True, False), strict=True):
+                if gram is not None:
+                    a, b = (gradient, gradient.mT) if left else (gradient.mT, gradient)
+                    torch.baddbmm(gram, a, b, beta=beta2, alpha=1 - beta2, out=gram)
+            if step == 1 or step % group["every"] == 0:
+                _turn(stack, FIRST_TURNS if step == 1 else 1)
+
+
+def _turn(stack: _Stack, times: int) -> None:
+    """Do steps of orthogonal iteration on the bases of a stack, and turn the moments with them."""
+    before = stack.rotated(stack.exp_avg, back=True)
+    for axis, gram, basis in zip((1, 2), stack.grams, stack.bases, strict=True):
+        if gram is None or basis is None:
+            continue
+        for _ in range(times):
+            product = torch.bmm(gram, basis)
+            values = (product * basis).sum(-2)
+            # Orthogonal iteration wants the columns by falling eigenvalue; the second moment keeps to its columns.
+            order = values.argsort(dim=-1, descending=True, stable=True)
+            product /= values.amax(-1).clamp(min=torch.finfo(values.dtype).tiny)[:, None, None]
+            product.add_(basis, alpha=DAMPING)
+            basis.copy_(torch.linalg.qr(product.gather(2, order[:, None, :].expand_as(product)))[0])
+            order = order[:, :, None] if axis == 1 else order[:, None, :]
+            stack.exp_avg_sq.copy_(stack.exp_avg_sq.gather(axis, order.expand_as(stack.exp_avg_sq)))
+    stack.exp_avg.copy_(stack.rotated(before))
 
 
 class MovingAverage:

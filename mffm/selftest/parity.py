@@ -32,7 +32,7 @@ from mffm.config.recipe import DeepSpeedSection
 from mffm.distributed import Ranks
 from mffm.errors import InputError
 from mffm.keys import ENERGY
-from mffm.optim import adamw
+from mffm.optim import make_optimizer
 from mffm.selftest.trial import (
     EPS,
     MODELS,
@@ -131,7 +131,7 @@ def one_process(setup: Setup, systems: list[System], clip: float, device: torch.
     """Return what plain torch does with all systems in one batch."""
     potential = setup.potential
     trainee = Trainee(potential, setup.loss, setup.spec.reference_table(device)).train()
-    optimizer = adamw(potential, setup.recipe.optim)
+    optimizer = make_optimizer(potential, setup.recipe.optim)
     batch = packed(setup, systems).to(device)
     divisors = setup.loss.divisors(step_plan(setup, systems).counts, setup.plan.expected_counts).to(device)
     gradients: dict[str, Tensor] = {}
