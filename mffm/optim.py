@@ -6,9 +6,8 @@ muon   matrices by an orthogonalised momentum (``torch.optim.Muon``), the rest b
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -115,15 +114,9 @@ class Together(torch.optim.Optimizer):
         for part in parts:  # the groups are the same dicts already
             part.state = self.state
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
         for part in self.parts:
             part.step()
-        return loss
 
 
 @dataclass
@@ -131,44 +124,62 @@ class _Stack:
     """All matrices of one shape [m, n], one after the other.
 
     Attributes:
-        parameters: the k matrices [m, n] come from; one of [f, m, n] gives f.
+        parameters: that the k matrices come from; one of [f, m, n] gives f.
         exp_avg, exp_avg_sq: [k, m, n] moments in the eigenbasis.
-        grams: moments of G Gᵀ [k, m, m] and Gᵀ G [k, n, n]; None where the side is too large.
+        gradient, scratch: [k, m, n], of a step.
+        grams: moments of G Gᵀ [k, m, m] and Gᵀ G [k, n, n]; None where the side is too long.
         bases: their eigenvectors, in columns.
     """
 
     parameters: list[nn.Parameter]
     exp_avg: Tensor
     exp_avg_sq: Tensor
+    gradient: Tensor
+    scratch: Tensor
     grams: list[Tensor | None]
     bases: list[Tensor | None]
 
-    def tensors(self) -> dict[str, Tensor]:
+    def state(self) -> dict[str, Tensor]:
         named = {"exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq}
         for side, gram, basis in zip(("rows", "columns"), self.grams, self.bases, strict=True):
             if gram is not None and basis is not None:
                 named |= {f"gram_{side}": gram, f"basis_{side}": basis}
         return named
 
-    def stacked(self, parts: Iterable[Tensor]) -> Tensor:
-        """Return tensors of the parameters' leading axes as one [k, ...]."""
-        return torch.cat([t.reshape(-1, *t.shape[-2:]) for t in parts])
-
     def parts(self, stacked: Tensor) -> list[Tensor]:
         """Return a tensor [k, a, b] as views, one for each parameter, with its leading axes."""
-        sizes = [p.numel() // (p.shape[-2] * p.shape[-1]) for p in self.parameters]
+        sizes = [p.shape[:-2].numel() for p in self.parameters]
         return [
             v.view(*p.shape[:-2], *v.shape[-2:]) for p, v in zip(self.parameters, stacked.split(sizes), strict=True)
         ]
 
-    def rotated(self, x: Tensor, back: bool = False) -> Tensor:
-        """Return x [k, m, n] in the eigenbasis, or from it."""
-        left, right = self.bases
+    def rotate(self, x: Tensor, out: Tensor, back: bool = False) -> None:
+        """Write x [k, m, n] in the eigenbasis, or what it is outside of it, to ``out``, another tensor."""
+        left, right = (basis if basis is None or back else basis.mT for basis in self.bases)
+        if left is None or right is None:
+            out.copy_(x)
         if left is not None:
-            x = torch.bmm(left if back else left.mT, x)
+            x = torch.bmm(left, x) if right is not None else torch.bmm(left, x, out=out)
         if right is not None:
-            x = torch.bmm(x, right.mT if back else right)
-        return x
+            torch.bmm(x, right.mT, out=out)
+
+    def turn(self, times: int) -> None:
+        """Do steps of orthogonal iteration on the bases, and turn the moments with them."""
+        self.rotate(self.exp_avg, out=self.scratch, back=True)
+        for axis, gram, basis in zip((1, 2), self.grams, self.bases, strict=True):
+            if gram is None or basis is None:
+                continue
+            for _ in range(times):
+                product = torch.bmm(gram, basis)
+                values = (product * basis).sum(-2)
+                # It wants the columns by falling eigenvalue; the second moment keeps to its columns.
+                order = values.argsort(dim=-1, descending=True, stable=True)
+                product /= values.amax(-1).clamp(min=torch.finfo(values.dtype).tiny)[:, None, None]
+                product.add_(basis, alpha=DAMPING)
+                basis.copy_(torch.linalg.qr(product.gather(2, order[:, None, :].expand_as(product)))[0])
+                order = order[:, :, None] if axis == 1 else order[:, None, :]
+                self.exp_avg_sq.copy_(self.exp_avg_sq.gather(axis, order.expand_as(self.exp_avg_sq)))
+        self.rotate(self.scratch, out=self.exp_avg)
 
 
 class Soap(torch.optim.Optimizer):
@@ -204,106 +215,73 @@ class Soap(torch.optim.Optimizer):
             "lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "every": every, "largest": largest,
         }  # fmt: skip
         super().__init__(parameters, defaults)
-        self._stacks: list[list[_Stack]] = []
+        self._stacks: list[_Stack] = []
+        self._flat: list[Tensor] = []  # of all stacks: both moments, gradient, scratch; the stacks have views
+        self._views: list[tuple[nn.Parameter, Tensor]] = []  # parameters in the order of the stacks, first moments
+        self._ways: list[Tensor] = []  # of the parameters in that order, the views of the gradient, and then the update
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        if not self._stacks or not self._is_ours():
-            self._stacks = [self._stacked(group) for group in self.param_groups]
-        for group, stacks in zip(self.param_groups, self._stacks, strict=True):
-            self._update(group, stacks)
-        return loss
-
-    def _is_ours(self) -> bool:
-        """Return whether the states are still views of the stacks: a resume puts tensors of its own there."""
-        return all(
-            self.state[p].get("exp_avg") is not None and self.state[p]["exp_avg"].data_ptr() == part.data_ptr()
-            for stacks in self._stacks
-            for stack in stacks
-            for p, part in zip(stack.parameters, stack.parts(stack.exp_avg), strict=True)
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        if not self._is_stacked():
+            self._stack()
+        group = self.param_groups[0]
+        lr, (beta1, beta2) = group["lr"], group["betas"]
+        torch._foreach_add_([self.state[p]["step"] for p in group["params"]], 1.0)
+        step = int(self.state[group["params"][0]]["step"])
+        parameters: list[Tensor] = [p for p, _ in self._views]
+        exp_avg, exp_avg_sq, gradient, scratch = self._flat
+        torch.cat(
+            [torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in parameters], out=gradient
         )
+        for stack in self._stacks:
+            for gram, g in zip(stack.grams, (stack.gradient, stack.gradient.mT), strict=True):
+                if gram is not None:
+                    torch.baddbmm(gram, g, g.mT, beta=beta2, alpha=1 - beta2, out=gram)
+        if step > 1:
+            for stack in self._stacks:
+                stack.rotate(stack.gradient, out=stack.scratch)
+            exp_avg.lerp_(scratch, 1 - beta1)
+            exp_avg_sq.mul_(beta2).addcmul_(scratch, scratch, value=1 - beta2)
+            torch.sqrt(exp_avg_sq, out=scratch).mul_((1 - beta2 ** (step - 1)) ** -0.5).add_(group["eps"])
+            torch.div(exp_avg, scratch, out=scratch)
+            for stack in self._stacks:
+                stack.rotate(stack.scratch, out=stack.gradient, back=True)
+            torch._foreach_mul_(parameters, 1 - lr * group["weight_decay"])
+            torch._foreach_add_(parameters, self._ways, alpha=-lr / (1 - beta1 ** (step - 1)))
+        if step == 1 or step % group["every"] == 0:
+            for stack in self._stacks:
+                stack.turn(FIRST_TURNS if step == 1 else 1)
 
-    def _stacked(self, group: dict[str, Any]) -> list[_Stack]:
-        """Return stacks of the group's parameters, from their states where they have one; make these views of it."""
-        shapes: dict[Any, list[nn.Parameter]] = {}
+    def _is_stacked(self) -> bool:
+        """Return whether the states are views of the stacks: a resume puts tensors of its own there."""
+        return bool(self._views) and all(self.state[p].get("exp_avg") is view for p, view in self._views)
+
+    def _stack(self) -> None:
+        """Make stacks from the states, where there are some, and the states views of them."""
+        group = self.param_groups[0]
+        shapes: dict[torch.Size, list[nn.Parameter]] = {}
         for p in group["params"]:
-            shapes.setdefault((p.shape[-2:], p.device, p.dtype), []).append(p)
-        stacks = []
-        for ((m, n), device, dtype), parameters in shapes.items():
-            k = sum(p.numel() for p in parameters) // (m * n)
-
-            like = {"device": device, "dtype": dtype}
-            sides = [s if s <= group["largest"] else None for s in (m, n)]
-            stack = _Stack(
-                parameters,
-                torch.zeros(k, m, n, **like),
-                torch.zeros(k, m, n, **like),
-                [torch.zeros(k, s, s, **like) if s else None for s in sides],
-                [torch.eye(s, **like).repeat(k, 1, 1) if s else None for s in sides],
-            )
-            for key, whole in stack.tensors().items():
+            shapes.setdefault(p.shape[-2:], []).append(p)
+        like = {"device": group["params"][0].device, "dtype": group["params"][0].dtype}
+        sizes = [sum(p.numel() for p in parameters) for parameters in shapes.values()]
+        self._flat = [torch.zeros(sum(sizes), **like) for _ in range(4)]
+        self._stacks = []
+        for (shape, parameters), *pieces in zip(shapes.items(), *(f.split(sizes) for f in self._flat), strict=True):
+            exp_avg, exp_avg_sq, gradient, scratch = (piece.view(-1, *shape) for piece in pieces)
+            k, sides = len(exp_avg), [s if s <= group["largest"] else None for s in shape]
+            grams = [torch.zeros(k, s, s, **like) if s else None for s in sides]
+            bases = [torch.eye(s, **like).repeat(k, 1, 1) if s else None for s in sides]
+            stack = _Stack(parameters, exp_avg, exp_avg_sq, gradient, scratch, grams, bases)
+            self._stacks.append(stack)
+            for key, whole in stack.state().items():
                 for p, part in zip(parameters, stack.parts(whole), strict=True):
                     if key in self.state[p]:
                         part.copy_(self.state[p][key])
                     self.state[p][key] = part
             for p in parameters:
                 self.state[p].setdefault("step", torch.tensor(0.0))
-            stacks.append(stack)
-        return stacks
-
-    def _update(self, group: dict[str, Any], stacks: list[_Stack]) -> None:
-        lr, (beta1, beta2), eps = group["lr"], group["betas"], group["eps"]
-        steps = [self.state[p]["step"] for p in group["params"]]
-        torch._foreach_add_(steps, 1.0)
-        step = int(steps[0])
-        gradients = [
-            s.stacked([p.grad if p.grad is not None else torch.zeros_like(p) for p in s.parameters]) for s in stacks
-        ]
-        if step > 1:
-            rotated = [s.rotated(g) for s, g in zip(stacks, gradients, strict=True)]
-            first, second = [s.exp_avg for s in stacks], [s.exp_avg_sq for s in stacks]
-            torch._foreach_lerp_(first, rotated, 1 - beta1)
-            torch._foreach_mul_(second, beta2)
-            torch._foreach_addcmul_(second, rotated, rotated, 1 - beta2)
-            n_updates = step - 1
-            sizes = torch._foreach_sqrt(second)
-            torch._foreach_div_(sizes, math.sqrt(1 - beta2**n_updates))
-            torch._foreach_add_(sizes, eps)
-            updates = torch._foreach_div(first, sizes)
-            parameters: list[Tensor] = [p for s in stacks for p in s.parameters]
-            ways = [w for s, u in zip(stacks, updates, strict=True) for w in s.parts(s.rotated(u, back=True))]
-            torch._foreach_mul_(parameters, 1 - lr * group["weight_decay"])
-            torch._foreach_add_(parameters, ways, alpha=-lr / (1 - beta1**n_updates))
-        for stack, gradient in zip(stacks, gradients, strict=True):
-            for gram, left in zip(stack.grams, (True, False), strict=True):
-                if gram is not None:
-                    a, b = (gradient, gradient.mT) if left else (gradient.mT, gradient)
-                    torch.baddbmm(gram, a, b, beta=beta2, alpha=1 - beta2, out=gram)
-            if step == 1 or step % group["every"] == 0:
-                _turn(stack, FIRST_TURNS if step == 1 else 1)
-
-
-def _turn(stack: _Stack, times: int) -> None:
-    """Do steps of orthogonal iteration on the bases of a stack, and turn the moments with them."""
-    before = stack.rotated(stack.exp_avg, back=True)
-    for axis, gram, basis in zip((1, 2), stack.grams, stack.bases, strict=True):
-        if gram is None or basis is None:
-            continue
-        for _ in range(times):
-            product = torch.bmm(gram, basis)
-            values = (product * basis).sum(-2)
-            # Orthogonal iteration wants the columns by falling eigenvalue; the second moment keeps to its columns.
-            order = values.argsort(dim=-1, descending=True, stable=True)
-            product /= values.amax(-1).clamp(min=torch.finfo(values.dtype).tiny)[:, None, None]
-            product.add_(basis, alpha=DAMPING)
-            basis.copy_(torch.linalg.qr(product.gather(2, order[:, None, :].expand_as(product)))[0])
-            order = order[:, :, None] if axis == 1 else order[:, None, :]
-            stack.exp_avg_sq.copy_(stack.exp_avg_sq.gather(axis, order.expand_as(stack.exp_avg_sq)))
-    stack.exp_avg.copy_(stack.rotated(before))
+        self._views = [(p, self.state[p]["exp_avg"]) for stack in self._stacks for p in stack.parameters]
+        self._ways = [way for stack in self._stacks for way in stack.parts(stack.gradient)]
 
 
 class MovingAverage:

@@ -134,6 +134,15 @@ class OptimConfig(Schema):
     )
     momentum: float = Field(0.95, ge=0, lt=1, description="muon: of its matrices")
 
+    @model_validator(mode="after")
+    def _checks(self) -> "OptimConfig":
+        own = {"precondition_every": "soap", "max_precondition_dim": "soap", "momentum": "muon"}
+        for key, kind in own.items():
+            value = getattr(self, key)
+            if kind != self.kind and value != type(self).model_fields[key].default:
+                raise ValueError(f"{key}: {value} is of kind: {kind}, and kind is {self.kind}; leave it out")
+        return self
+
 
 class TrainSection(Schema):
     """How long, how often, how good."""
