@@ -84,11 +84,11 @@ def test_every_stage_learns_what_one_process_learns(molecule_store: Path, tmp_pa
     """
     output = tmp_path / "parity.json"
     kinds = "optimizer,optimizer_and_parameters"
-    others = ["--offload", kinds, "--optimizers", "soap"]
+    others = ["--offload", kinds, "--optimizers", "soap,muon"]
     torchrun(2, "-m", "mffm.selftest.parity", str(molecule_store), str(output), *others)
     rows = json.loads(output.read_text())
     keys = ("stage", "offload", "optimizer", "model", "case", "microbatches")
-    assert len({tuple(row[k] for k in keys) for row in rows}) == len(rows) == 4 * 2 * 6 * 2 + (4 + 1) * 2 * 2
+    assert len({tuple(row[k] for k in keys) for row in rows}) == len(rows) == 4 * 2 * 6 * 2 + (4 + 2) * 2 * 2
     assert max(max(row["gradient_error"], row["parameter_error"]) for row in rows) < 1e-5
     assert all(row["passed"] for row in rows)
 

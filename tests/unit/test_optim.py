@@ -8,7 +8,16 @@ from torch import Tensor, nn
 from mffm.config.model import ConditioningConfig, DensityConfig, HeadsConfig, ModelConfig
 from mffm.config.recipe import OptimConfig
 from mffm.models.potential import Potential
-from mffm.optim import DAMPING, FIRST_TURNS, MovingAverage, by_matrix, learning_rate, make_optimizer, state_shapes
+from mffm.optim import (
+    DAMPING,
+    FIRST_TURNS,
+    MovingAverage,
+    by_matrix,
+    learning_rate,
+    make_optimizer,
+    orthogonalised,
+    state_shapes,
+)
 
 
 def test_schedule_warms_up_peaks_and_ends_at_its_fraction():
@@ -100,6 +109,36 @@ def test_soap_follows_the_paper_matrix_by_matrix():
         for row in range(len(p)) if p.ndim == 3 else [...]:
             wanted = soap_of_one(before[name][row], [g[row] for g in gradients[name]], config)
             torch.testing.assert_close(p[row], wanted, rtol=0, atol=1e-9, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def test_muon_is_torchs_but_for_bfloat16():
+    potential, other = small("shared"), small("shared")
+    config = OptimConfig(kind="muon", lr=0.01, weight_decay=0.1)
+    names = by_matrix(potential, config)
+    theirs = torch.optim.Muon(
+        [p for name, p in other.named_parameters() if name in names],
+        lr=0.01, weight_decay=0.1, momentum=0.95, adjust_lr_fn="match_rms_adamw",
+    )  # fmt: skip
+    before = {name: p.detach().clone() for name, p in potential.named_parameters()}
+    steps(potential, make_optimizer(potential, config), 0, 4)
+    steps(other, theirs, 0, 4)
+    assert len(names) > 10
+    for (name, p), (_, q) in zip(potential.named_parameters(), other.named_parameters(), strict=True):
+        if name in names:
+            assert (p - q).norm() < 0.03 * (p - before[name]).norm(), name
+
+
+def test_every_fidelitys_matrix_is_orthogonalised_on_its_own():
+    stack = (
+        torch.randn(2, 3, 6, 4, generator=torch.Generator().manual_seed(0))
+        * torch.tensor([1e-3, 1, 1e3])[:, None, None]
+    )
+    values = torch.linalg.svdvals(orthogonalised(stack))
+    assert values.min() > 0.6
+    assert values.max() < 1.3
+    for i in range(2):
+        torch.testing.assert_close(orthogonalised(stack)[i, 1], orthogonalised(stack[i, 1]))
+    assert (orthogonalised(torch.zeros(2, 3, 3)) == 0).all()
 
 
 SOAP = {"kind": "soap", "precondition_every": 2}
