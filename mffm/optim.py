@@ -241,8 +241,11 @@ class Soap(torch.optim.Optimizer):
             torch._foreach_mul_(parameters, 1 - lr * group["weight_decay"])
             torch._foreach_add_(parameters, self._ways, alpha=-lr / (1 - beta1 ** (step - 1)))
         if step == 1 or step % group["every"] == 0:
+            precision = torch.get_float32_matmul_precision()
+            torch.set_float32_matmul_precision("highest")  # tf32 rounds to about the damping
             for stack in self._stacks:
                 stack.turn(FIRST_TURNS if step == 1 else 1)
+            torch.set_float32_matmul_precision(precision)
 
     def _is_stacked(self) -> bool:
         """Return whether the states are views of the stacks: a resume puts tensors of its own there."""
