@@ -1,32 +1,90 @@
-"""Optimiser groups, the learning-rate schedule as a function of the step, and the moving average of the weights."""
+"""Optimisers, the learning-rate schedule as a function of the step, and the moving average of the weights.
+
+adamw  every parameter on its own.
+soap   matrices in the eigenbasis of their gradients' second moments (``Soap``), the rest by AdamW.
+muon   matrices by an orthogonalised momentum (``Muon``), the rest by AdamW.
+"""
 
 import math
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from mffm.config.recipe import OptimConfig
 
+DAMPING = 1e-3  # of the largest eigenvalue, added to all; a float32's rounding is 1e-7 of it
+FIRST_TURNS = 10  # of the bases at the first step
+BETAS = {"adamw": (0.9, 0.999), "soap": (0.95, 0.95), "muon": (0.9, 0.999)}  # where the recipe gives none
 
-def adamw(module: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
-    """Return AdamW over two groups: matrices decay; biases, norm gains and what a fidelity adds to them do not.
+
+def make_optimizer(module: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
+    """Return the recipe's optimiser: decay where ``decays``, and by matrix where ``by_matrix``.
+
+    The state of a parameter is in ``optimizer.state`` in all kinds, whole tensors besides the number of steps.
+    """
+    named = list(module.named_parameters())
+    matrices = by_matrix(module, config)
+    betas = config.betas or BETAS[config.kind]
+    rest = [(name, p) for name, p in named if name not in matrices]
+    groups = [
+        {"params": [p for name, p in rest if decays(name, p)], "weight_decay": config.weight_decay},
+        {"params": [p for name, p in rest if not decays(name, p)], "weight_decay": 0.0},
+    ]
+    groups = [g for g in groups if g["params"]]
+    parts: list[torch.optim.Optimizer] = []
+    if matrices:
+        own = [p for name, p in named if name in matrices]
+        if config.kind == "soap":
+            every, largest = config.precondition_every, config.max_precondition_dim
+            parts.append(Soap(own, config.lr, betas, config.eps, config.weight_decay, every, largest))
+        else:
+            parts.append(Muon(own, config.lr, config.momentum, config.weight_decay))
+    if groups:
+        parts.append(torch.optim.AdamW(groups, lr=config.lr, betas=betas, eps=config.eps, foreach=True))
+    return parts[0] if len(parts) == 1 else Together(parts)
+
+
+def decays(name: str, parameter: Tensor) -> bool:
+    """Return whether a parameter of a potential gets weight decay: matrices do; biases, norm gains and what a fidelity
+    adds to them do not.
 
     Shapes do not tell: a bias with one row per fidelity is a matrix. Decaying it would pull each fidelity's offset to
     zero in one kind of heads and not in another.
     """
-    decaying = [p for name, p in module.named_parameters() if decays(name, p)]
-    others = [p for name, p in module.named_parameters() if not decays(name, p)]
-    groups = [{"params": decaying, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    return torch.optim.AdamW(
-        [g for g in groups if g["params"]], lr=config.lr, betas=config.betas, eps=config.eps, foreach=True
-    )
-
-
-def decays(name: str, parameter: Tensor) -> bool:
-    """Return whether a parameter of a potential gets weight decay."""
     apart = ("bias", "norm.", "conditioning.table")
     return parameter.ndim >= 2 and not any(part in name for part in apart)
+
+
+def by_matrix(module: nn.Module, config: OptimConfig) -> set[str]:
+    """Return the names of the parameters that soap and muon take as matrices: linear maps, or stacks of them.
+
+    Not embeddings, whose rows are apart: a batch has few of the elements. Not a map to or from one number: a vector.
+    """
+    if config.kind == "adamw":
+        return set()
+    embeddings = {id(m.weight) for m in module.modules() if isinstance(m, nn.Embedding)}
+    return {
+        name
+        for name, p in module.named_parameters()
+        if decays(name, p) and id(p) not in embeddings and min(p.shape[-2:]) > 1
+    }
+
+
+def state_shapes(module: nn.Module, config: OptimConfig) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of the optimiser's whole state but for the number of steps, as <key>/<parameter>."""
+    matrices, shapes = by_matrix(module, config), {}
+    for name, p in module.named_parameters():
+        shape = tuple(p.shape)
+        if name in matrices and config.kind == "muon":
+            shapes[f"momentum_buffer/{name}"] = shape
+            continue
+        shapes |= {f"{key}/{name}": shape for key in ("exp_avg", "exp_avg_sq")}
+        for side, size in zip(("rows", "columns"), shape[-2:] if name in matrices else (), strict=False):
+            if size <= config.max_precondition_dim:
+                shapes |= {f"{key}_{side}/{name}": (*shape[:-2], size, size) for key in ("gram", "basis")}
+    return shapes
 
 
 def learning_rate(step: int, total: int, config: OptimConfig) -> float:
@@ -37,6 +95,234 @@ def learning_rate(step: int, total: int, config: OptimConfig) -> float:
     progress = min((step - config.warmup_steps) / span, 1.0)
     low = config.final_lr_fraction
     return config.lr * (low + (1 - low) * 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+class Together(torch.optim.Optimizer):
+    """Optimisers of different parameters as one: their groups and the state of all."""
+
+    def __init__(self, parts: list[torch.optim.Optimizer]):
+        super().__init__([group for part in parts for group in part.param_groups], {})
+        self.parts = parts
+        for part in parts:  # the groups are the same dicts already
+            part.state = self.state
+
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        for part in self.parts:
+            part.step()
+
+
+@dataclass
+class _Stack:
+    """All matrices of one shape [m, n], one after the other.
+
+    Attributes:
+        parameters: that the k matrices come from; one of [f, m, n] gives f.
+        exp_avg, exp_avg_sq: [k, m, n] moments in the eigenbasis.
+        gradient, scratch: [k, m, n], of a step.
+        grams: moments of G Gᵀ [k, m, m] and Gᵀ G [k, n, n]; None where the side is too long.
+        bases: their eigenvectors, in columns.
+    """
+
+    parameters: list[nn.Parameter]
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
+    gradient: Tensor
+    scratch: Tensor
+    grams: list[Tensor | None]
+    bases: list[Tensor | None]
+
+    def state(self) -> dict[str, Tensor]:
+        named = {"exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq}
+        for side, gram, basis in zip(("rows", "columns"), self.grams, self.bases, strict=True):
+            if gram is not None and basis is not None:
+                named |= {f"gram_{side}": gram, f"basis_{side}": basis}
+        return named
+
+    def parts(self, stacked: Tensor) -> list[Tensor]:
+        """Return a tensor [k, a, b] as views, one for each parameter, with its leading axes."""
+        sizes = [p.shape[:-2].numel() for p in self.parameters]
+        return [
+            v.view(*p.shape[:-2], *v.shape[-2:]) for p, v in zip(self.parameters, stacked.split(sizes), strict=True)
+        ]
+
+    def rotate(self, x: Tensor, out: Tensor, back: bool = False) -> None:
+        """Write x [k, m, n] in the eigenbasis, or what it is outside of it, to ``out``, another tensor."""
+        left, right = (basis if basis is None or back else basis.mT for basis in self.bases)
+        if left is None or right is None:
+            out.copy_(x)
+        if left is not None:
+            x = torch.bmm(left, x) if right is not None else torch.bmm(left, x, out=out)
+        if right is not None:
+            torch.bmm(x, right.mT, out=out)
+
+    def turn(self, times: int) -> None:
+        """Do steps of orthogonal iteration on the bases, and turn the moments with them."""
+        self.rotate(self.exp_avg, out=self.scratch, back=True)
+        for axis, gram, basis in zip((1, 2), self.grams, self.bases, strict=True):
+            if gram is None or basis is None:
+                continue
+            for _ in range(times):
+                product = torch.bmm(gram, basis)
+                values = (product * basis).sum(-2)
+                # It wants the columns by falling eigenvalue; the second moment keeps to its columns.
+                order = values.argsort(dim=-1, descending=True, stable=True)
+                product /= values.amax(-1).clamp(min=torch.finfo(values.dtype).tiny)[:, None, None]
+                product.add_(basis, alpha=DAMPING)
+                basis.copy_(torch.linalg.qr(product.gather(2, order[:, None, :].expand_as(product)))[0])
+                order = order[:, :, None] if axis == 1 else order[:, None, :]
+                self.exp_avg_sq.copy_(self.exp_avg_sq.gather(axis, order.expand_as(self.exp_avg_sq)))
+        self.rotate(self.scratch, out=self.exp_avg)
+
+
+class Soap(torch.optim.Optimizer):
+    """SOAP (Vyas et al. 2024, arXiv 2409.11321, algorithm 3): Adam in the eigenbasis of Shampoo's preconditioner.
+
+    For a weight [m, n] with gradient G the averages of G Gᵀ and Gᵀ G give a basis each. Every so many steps one step
+    of orthogonal iteration (a product and a QR) follows them. As in the authors' code the first step only sets them,
+    and weights stay: in the basis of its own gradient, all but the diagonal is rounding.
+
+    Other than in the paper the iteration is damped and starts at the identity instead of ``eigh``. A gradient of few
+    systems has no component along many directions; undamped, rounding decides their basis, and with it the updates:
+    another one on another number of ranks.
+
+    The first moment is kept in the eigenbasis and turned when that turns, which is the same as the paper's. Weights of
+    one shape are done at once; those of more than two axes are stacks of matrices, each with a basis of its own.
+
+    Args:
+        every: steps between updates of the basis.
+        largest: a longer side keeps the identity for its basis.
+    """
+
+    def __init__(
+        self,
+        parameters: Iterable[nn.Parameter],
+        lr: float,
+        betas: tuple[float, float],
+        eps: float,
+        weight_decay: float,
+        every: int,
+        largest: int,
+    ):
+        defaults = {
+            "lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "every": every, "largest": largest,
+        }  # fmt: skip
+        super().__init__(parameters, defaults)
+        self._stacks: list[_Stack] = []
+        self._flat: list[Tensor] = []  # of all stacks: both moments, gradient, scratch; the stacks have views
+        self._views: list[tuple[nn.Parameter, Tensor]] = []  # parameters in the order of the stacks, first moments
+        self._ways: list[Tensor] = []  # of the parameters in that order, the views of the gradient, and then the update
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        if not self._is_stacked():
+            self._stack()
+        group = self.param_groups[0]
+        lr, (beta1, beta2) = group["lr"], group["betas"]
+        torch._foreach_add_([self.state[p]["step"] for p in group["params"]], 1.0)
+        step = int(self.state[group["params"][0]]["step"])
+        parameters: list[Tensor] = [p for p, _ in self._views]
+        exp_avg, exp_avg_sq, gradient, scratch = self._flat
+        torch.cat(
+            [torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in parameters], out=gradient
+        )
+        for stack in self._stacks:
+            for gram, g in zip(stack.grams, (stack.gradient, stack.gradient.mT), strict=True):
+                if gram is not None:
+                    torch.baddbmm(gram, g, g.mT, beta=beta2, alpha=1 - beta2, out=gram)
+        if step > 1:
+            for stack in self._stacks:
+                stack.rotate(stack.gradient, out=stack.scratch)
+            exp_avg.lerp_(scratch, 1 - beta1)
+            exp_avg_sq.mul_(beta2).addcmul_(scratch, scratch, value=1 - beta2)
+            torch.sqrt(exp_avg_sq, out=scratch).mul_((1 - beta2 ** (step - 1)) ** -0.5).add_(group["eps"])
+            torch.div(exp_avg, scratch, out=scratch)
+            for stack in self._stacks:
+                stack.rotate(stack.scratch, out=stack.gradient, back=True)
+            torch._foreach_mul_(parameters, 1 - lr * group["weight_decay"])
+            torch._foreach_add_(parameters, self._ways, alpha=-lr / (1 - beta1 ** (step - 1)))
+        if step == 1 or step % group["every"] == 0:
+            precision = torch.get_float32_matmul_precision()
+            torch.set_float32_matmul_precision("highest")  # tf32 rounds to about the damping
+            for stack in self._stacks:
+                stack.turn(FIRST_TURNS if step == 1 else 1)
+            torch.set_float32_matmul_precision(precision)
+
+    def _is_stacked(self) -> bool:
+        """Return whether the states are views of the stacks: a resume puts tensors of its own there."""
+        return bool(self._views) and all(self.state[p].get("exp_avg") is view for p, view in self._views)
+
+    def _stack(self) -> None:
+        """Make stacks from the states, where there are some, and the states views of them."""
+        group = self.param_groups[0]
+        shapes: dict[torch.Size, list[nn.Parameter]] = {}
+        for p in group["params"]:
+            shapes.setdefault(p.shape[-2:], []).append(p)
+        like = {"device": group["params"][0].device, "dtype": group["params"][0].dtype}
+        sizes = [sum(p.numel() for p in parameters) for parameters in shapes.values()]
+        self._flat = [torch.zeros(sum(sizes), **like) for _ in range(4)]
+        self._stacks = []
+        for (shape, parameters), *pieces in zip(shapes.items(), *(f.split(sizes) for f in self._flat), strict=True):
+            exp_avg, exp_avg_sq, gradient, scratch = (piece.view(-1, *shape) for piece in pieces)
+            k, sides = len(exp_avg), [s if s <= group["largest"] else None for s in shape]
+            grams = [torch.zeros(k, s, s, **like) if s else None for s in sides]
+            bases = [torch.eye(s, **like).repeat(k, 1, 1) if s else None for s in sides]
+            stack = _Stack(parameters, exp_avg, exp_avg_sq, gradient, scratch, grams, bases)
+            self._stacks.append(stack)
+            for key, whole in stack.state().items():
+                for p, part in zip(parameters, stack.parts(whole), strict=True):
+                    if key in self.state[p]:
+                        part.copy_(self.state[p][key])
+                    self.state[p][key] = part
+            for p in parameters:
+                self.state[p].setdefault("step", torch.tensor(0.0))
+        self._views = [(p, self.state[p]["exp_avg"]) for stack in self._stacks for p in stack.parameters]
+        self._ways = [way for stack in self._stacks for way in stack.parts(stack.gradient)]
+
+
+class Muon(torch.optim.Optimizer):
+    """Muon (Jordan et al. 2024): the momentum of a matrix, its singular values made about equal.
+
+    As ``torch.optim.Muon`` with ``adjust_lr_fn="match_rms_adamw"`` (Liu et al. 2025: updates of AdamW's size, so that
+    one learning rate serves both), but in float32, weights of one shape at once, and stacks of matrices too. torch's
+    works in bfloat16, where rounding between 1 and 2 ranks became 1e-2 of the way that weights went in 5 steps.
+    """
+
+    def __init__(self, parameters: Iterable[nn.Parameter], lr: float, momentum: float, weight_decay: float):
+        super().__init__(parameters, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            shapes: dict[torch.Size, list[nn.Parameter]] = {}
+            for p in group["params"]:
+                shapes.setdefault(p.shape, []).append(p)
+            for shape, parameters in shapes.items():
+                gradients = torch.stack([torch.zeros_like(p) if p.grad is None else p.grad for p in parameters])
+                for p, gradient in zip(parameters, gradients, strict=True):
+                    state = self.state[p]
+                    if "momentum_buffer" not in state:
+                        state["momentum_buffer"] = torch.zeros_like(p)
+                    state["momentum_buffer"].lerp_(gradient, 1 - group["momentum"])
+                buffers = torch.stack([self.state[p]["momentum_buffer"] for p in parameters])
+                update = orthogonalised(gradients.lerp(buffers, group["momentum"]))  # Nesterov's
+                size = 0.2 * math.sqrt(max(shape[-2:]))
+                weights: list[Tensor] = [*parameters]
+                torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
+                torch._foreach_add_(weights, list(update), alpha=-group["lr"] * size)
+
+
+def orthogonalised(matrices: Tensor) -> Tensor:
+    """Return matrices [..., m, n] with singular values near 1 (0.7 to 1.2), by five steps of a Newton–Schulz iteration.
+
+    The coefficients are those of Jordan et al. for few steps.
+    """
+    wide = matrices.shape[-2] <= matrices.shape[-1]
+    x = (matrices if wide else matrices.mT).reshape(-1, *sorted(matrices.shape[-2:]))
+    x = x / torch.linalg.matrix_norm(x).clamp(min=1e-7)[:, None, None]
+    for _ in range(5):
+        gram = torch.bmm(x, x.mT)
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
+    return (x if wide else x.mT).reshape(matrices.shape)
 
 
 class MovingAverage:

@@ -86,9 +86,8 @@ def row(size: str, stage: int, ranks: distributed.Ranks, folder: Path) -> str:
         saves.append(seconds(lambda: checkpoint.save(folder / "checkpoints", engine, potential, ema, state, keep=1)))
         path = folder / "checkpoints" / "step-00000001"
         n_bytes = sum(p.stat().st_size for p in path.iterdir())
-        restores.append(
-            seconds(lambda: checkpoint.restore(path, engine, potential, ema, checkpoint.read_state(path)))  # noqa: B023
-        )
+        read = checkpoint.read_state(path)
+        restores.append(seconds(lambda: checkpoint.restore(path, engine, potential, ema, read, recipe.optim)))  # noqa: B023
     (save, cpu), (disk, disk_cpu) = min(saves), min(disks)
     engine.destroy()
     return (

@@ -25,7 +25,7 @@ from mffm.config.data import DataConfig
 from mffm.config.recipe import Recipe
 from mffm.data.ingest import ingest
 from mffm.data.loader import Loader
-from mffm.optim import adamw
+from mffm.optim import make_optimizer
 from mffm.training.loop import _engine, train_step
 from mffm.training.quarantine import LossWatch
 from mffm.training.setup import Setup, Trainee, deepspeed_config, prepare, use_precision
@@ -74,7 +74,7 @@ def stepper(name: str, store: Path, n_edges: int, layers: int) -> tuple[Callable
     if name.startswith("DeepSpeed"):
         engine, watch = _engine(trainee, recipe, deepspeed_config(recipe, ranks, 1)), LossWatch(None)
         return lambda: train_step(engine, setup, plan, batches, ranks, 1e-4, watch) and None, setup, batches[0].n_edges
-    optimizer = adamw(setup.potential, recipe.optim)
+    optimizer = make_optimizer(setup.potential, recipe.optim)
     divisors = setup.loss.divisors(plan.counts, setup.plan.expected_counts)
     trainee.train()
 

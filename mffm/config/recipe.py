@@ -111,16 +111,37 @@ class LossConfig(Schema):
 
 
 class OptimConfig(Schema):
-    """AdamW with warm-up and a cosine."""
+    """The optimiser, with warm-up and a cosine."""
 
+    kind: Literal["adamw", "soap", "muon"] = Field(
+        "adamw",
+        description="soap: matrices in the eigenbasis of their gradients' second moments; muon: by an orthogonalised "
+        "momentum; both with AdamW for all else, and at deepspeed.zero_stage 0 only",
+    )
     lr: float = Field(2e-3, gt=0)
     final_lr_fraction: float = Field(0.01, ge=0, le=1)
     warmup_steps: int = Field(100, ge=0)
-    betas: tuple[Below1, Below1] = (0.9, 0.999)
+    betas: tuple[Below1, Below1] | None = Field(
+        None, description="decays of the moments; None: 0.95, 0.95 of soap, else 0.9, 0.999"
+    )
     eps: float = Field(1e-8, gt=0)
     weight_decay: float = Field(1e-3, ge=0)
     clip: float = Field(10.0, gt=0, description="global gradient norm")
     ema_decay: float = Field(0.995, ge=0, lt=1)
+    precondition_every: int = Field(10, ge=1, description="soap: steps between updates of the eigenbases")
+    max_precondition_dim: int = Field(
+        1024, ge=1, description="soap: a longer side of a matrix has no basis of its own; its cost grows as the cube"
+    )
+    momentum: float = Field(0.95, ge=0, lt=1, description="muon: of its matrices")
+
+    @model_validator(mode="after")
+    def _checks(self) -> "OptimConfig":
+        own = {"precondition_every": "soap", "max_precondition_dim": "soap", "momentum": "muon"}
+        for key, kind in own.items():
+            value = getattr(self, key)
+            if kind != self.kind and value != type(self).model_fields[key].default:
+                raise ValueError(f"{key}: {value} is of kind: {kind}, and kind is {self.kind}; leave it out")
+        return self
 
 
 class TrainSection(Schema):
@@ -221,6 +242,12 @@ class Recipe(Schema):
         if self.model.init_from and not self.start_from:
             raise ValueError(
                 "model.init_from needs start_from; in a fresh run heads start alike by model.heads.init_from"
+            )
+        if self.optim.kind != "adamw" and (self.deepspeed.zero_stage > 0 or self.deepspeed.offload != "none"):
+            raise ValueError(
+                f"optim.kind: {self.optim.kind} needs deepspeed.zero_stage: 0 (now {self.deepspeed.zero_stage}) and no "
+                "offload: from stage 1 on a rank holds a flat piece of the weights, not the matrices; "
+                "take stage 0, or optim.kind: adamw"
             )
         fidelities = self.fidelities
         named: dict[str, set[str]] = {

@@ -1,9 +1,9 @@
 """Does the engine on these ranks learn what one process learns? ZeRO stages × models × ways to deal out a batch.
 
-    torchrun --nproc-per-node 2 -m mffm.selftest.parity STORE OUT.json [--stages 0,1,2,3]
+    torchrun --nproc-per-node 2 -m mffm.selftest.parity STORE OUT.json [--stages 0,1,2,3] [--optimizers soap,muon]
 
 Every combination does 5 steps through the DeepSpeed engine with the product's own ``train_step`` and is compared with
-plain torch in this process: the same module, the whole global batch at once, the same AdamW, clipping and lr.
+plain torch in this process: the same module, the whole global batch at once, the same optimiser, clipping and lr.
 ``gradient_error``: max |difference| / max |reference| of each parameter's gradient in the first step, the largest of
 them (gradients below 1e-3 of the largest count as that), or the relative error of the norm in the log, if larger.
 ``parameter_error``: max |difference| / max |reference| over all parameters after the last step. ``update_error``: the
@@ -32,7 +32,7 @@ from mffm.config.recipe import DeepSpeedSection
 from mffm.distributed import Ranks
 from mffm.errors import InputError
 from mffm.keys import ENERGY
-from mffm.optim import adamw
+from mffm.optim import make_optimizer
 from mffm.selftest.trial import (
     EPS,
     MODELS,
@@ -131,7 +131,7 @@ def one_process(setup: Setup, systems: list[System], clip: float, device: torch.
     """Return what plain torch does with all systems in one batch."""
     potential = setup.potential
     trainee = Trainee(potential, setup.loss, setup.spec.reference_table(device)).train()
-    optimizer = adamw(potential, setup.recipe.optim)
+    optimizer = make_optimizer(potential, setup.recipe.optim)
     batch = packed(setup, systems).to(device)
     divisors = setup.loss.divisors(step_plan(setup, systems).counts, setup.plan.expected_counts).to(device)
     gradients: dict[str, Tensor] = {}
@@ -192,9 +192,14 @@ def variants(stages: list[int], offloads: list[str]) -> list[dict[str, Any]]:
 
 
 def matrix(
-    store: str, sections: list[dict[str, Any]], bound: float, ranks: Ranks, device: torch.device
+    store: str, sections: list[tuple[str, dict[str, Any]]], bound: float, ranks: Ranks, device: torch.device
 ) -> Iterator[dict[str, Any]]:
-    """Yield one row for each combination, the same on every rank. Offloading is tried where clipping is."""
+    """Yield one row for each combination, the same on every rank. Offloading and other optimisers than AdamW are tried
+    where clipping is.
+
+    Args:
+        sections: kind of optimiser, section deepspeed of the recipe.
+    """
     optim = {"lr": LR, "eps": EPS, "clip": NEVER}
     for model in MODELS:
         base = trial(store, model, "selftest", optim=optim)
@@ -211,12 +216,18 @@ def matrix(
                 clip = 0.3 * min(reference.norms)
                 reference = one_process(with_weights(base, weights, device), systems, clip, device)
                 assert min(reference.norms) > clip, "the clip bites at every step"
-            way = largest_difference(reference.parameters, weights)
-            for section in sections:
-                if section["offload"] != "none" and case != "clipped":
+            adamw = reference
+            for kind, section in sections:
+                if (kind, section["offload"]) != ("adamw", "none") and case != "clipped":
                     continue
                 started = time.perf_counter()
-                setup = with_weights(base, weights, device, deepspeed=section, optim={"clip": clip})
+                optim_section = {"kind": kind, "clip": clip, "precondition_every": 2}
+                reference = adamw
+                if kind != "adamw":
+                    own = with_weights(base, weights, device, optim=optim_section)
+                    reference = one_process(own, systems, clip, device)
+                way = largest_difference(reference.parameters, weights)
+                setup = with_weights(base, weights, device, deepspeed=section, optim=optim_section)
                 setup.potential.learned.backbone.recompute = case == "activation checkpointing"
                 gradients, norm, parameters = through_engine(
                     setup, step_plan(base, systems), batches[ranks.rank], ranks
@@ -232,6 +243,7 @@ def matrix(
                 yield {
                     "stage": section["zero_stage"],
                     "offload": section["offload"],
+                    "optimizer": kind,
                     "model": model,
                     "case": case,
                     "microbatches": n_microbatches,
@@ -249,6 +261,7 @@ def main() -> None:
     parser.add_argument("output", type=Path, help="JSON: a list with one object for each combination")
     parser.add_argument("--stages", default="0,1,2,3", help="ZeRO stages")
     parser.add_argument("--offload", default="", help="kinds of deepspeed.offload to try besides, with commas")
+    parser.add_argument("--optimizers", default="", help="kinds to try besides AdamW at stage 0, with commas")
     parser.add_argument("--bound", type=float, default=1e-5, help="largest relative error that passes")
     arguments = parser.parse_args()
     stages = [int(s) for s in arguments.stages.split(",")]
@@ -257,16 +270,18 @@ def main() -> None:
         raise InputError("the parity of ranks needs two or more; start it with torchrun or srun")
     device = distributed.start(ranks)
     gc.freeze()  # DeepSpeed collects whenever an engine ends: half a second each for what the imports made
-    sections = variants(stages, [o for o in arguments.offload.split(",") if o])
+    sections = [("adamw", s) for s in variants(stages, [o for o in arguments.offload.split(",") if o])]
+    sections += [(kind, {"zero_stage": 0, "offload": "none"}) for kind in arguments.optimizers.split(",") if kind]
     rows = []
     for row in matrix(arguments.store, sections, arguments.bound, ranks, device):
         rows.append(row)
         if ranks.is_main:
             offload = "" if row["offload"] == "none" else f", offload {row['offload']}"
             print(
-                f"{'passed' if row['passed'] else 'FAILED'}  ZeRO {row['stage']}{offload}  {row['model']}, "
-                f"{row['case']}, {row['microbatches']} microbatch(es): gradient {row['gradient_error']:.1e}, "
-                f"parameters {row['parameter_error']:.1e}, {row['seconds']:.2f} s",
+                f"{'passed' if row['passed'] else 'FAILED'}  {row['optimizer']}, ZeRO {row['stage']}{offload}  "
+                f"{row['model']}, {row['case']}, {row['microbatches']} microbatch(es): "
+                f"gradient {row['gradient_error']:.1e}, "
+                f"parameters {row['parameter_error']:.1e}, update {row['update_error']:.1e}, {row['seconds']:.2f} s",
                 flush=True,
             )
     if ranks.is_main:

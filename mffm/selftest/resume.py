@@ -87,7 +87,7 @@ class Run:
 
     def restore(self, path: Path) -> None:
         self.state = checkpoint.read_state(path)
-        checkpoint.restore(path, self.engine, self.setup.potential, self.ema, self.state)
+        checkpoint.restore(path, self.engine, self.setup.potential, self.ema, self.state, self.setup.recipe.optim)
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         """Return the full weights, moving average and moments, on CPU."""

@@ -21,8 +21,9 @@ from typing import Any
 from torch import nn
 
 from mffm import distributed
+from mffm.config.recipe import OptimConfig
 from mffm.errors import InputError
-from mffm.optim import MovingAverage
+from mffm.optim import MovingAverage, state_shapes
 from mffm.release import read_json, read_weights, sha256, write_json, write_weights
 from mffm.training import sharding
 from mffm.training.state import TrainState
@@ -140,19 +141,24 @@ def read_state(path: Path) -> TrainState:
     return TrainState.from_dict(content["state"], str(path / "state.json"))
 
 
-def restore(path: Path, engine: Any, module: nn.Module, ema: MovingAverage, state: TrainState) -> None:
-    """Put weights, optimiser state and moving average back; every rank calls this. Restoring is strict."""
+def restore(
+    path: Path, engine: Any, module: nn.Module, ema: MovingAverage, state: TrainState, optim: OptimConfig
+) -> None:
+    """Put weights, optimiser state and moving average back; every rank calls this. Restoring is strict.
+
+    Raises:
+        InputError: the tensors are of another model, or of another optimiser than ``optim``'s.
+    """
     weights = read_weights(path / "model.safetensors")
     moments = read_weights(path / "optimizer.safetensors")
-    names = [name for name, _ in module.named_parameters()]
-    for found, wanted in (
-        (set(weights), set(names)),
-        (set(moments), {f"{k}/{n}" for n in names for k in sharding.MOMENTS}),
-    ):
-        if found != wanted:
-            raise InputError(
-                f"{path}: its tensors are of another model; first differing one: {sorted(found ^ wanted)[0]}"
-            )
+    names = {name for name, _ in module.named_parameters()}
+    if differing := set(weights) ^ names:
+        raise InputError(f"{path}: its tensors are of another model; first differing one: {min(differing)}")
+    if differing := set(moments) ^ set(state_shapes(module, optim)):
+        raise InputError(
+            f"{path}: its optimiser state is not of this recipe's optim.kind: {optim.kind}; first differing tensor: "
+            f"{min(differing)}; set optim as it was, or start a new run from these weights with start_from"
+        )
     sharding.set_weights(engine, module, weights)
     sharding.set_moments(engine, module, moments, state.step)
     ema.load(sharding.shards(module, read_weights(path / "ema.safetensors")), state.ema_updates)

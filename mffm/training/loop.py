@@ -23,7 +23,7 @@ from mffm.config.recipe import Recipe
 from mffm.data.loader import Loader
 from mffm.data.plan import Cursor, StepPlan
 from mffm.errors import InputError, known
-from mffm.optim import MovingAverage, adamw, learning_rate
+from mffm.optim import MovingAverage, learning_rate, make_optimizer
 from mffm.release import PotentialSpec, code_version, write_json, write_text, write_weights
 from mffm.training import checkpoint, preflight, sharding
 from mffm.training.faults import Faults
@@ -244,7 +244,7 @@ def _engine(trainee: Trainee, recipe: Recipe, ds_config: dict[str, Any]) -> Any:
     deepspeed.utils.logger.setLevel(logging.WARNING)
     # of DeepSpeed 0.19.8's own calls, at every step
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+_tensor` is deprecated", FutureWarning)
-    optimizer = adamw(trainee.potential, recipe.optim)
+    optimizer = make_optimizer(trainee.potential, recipe.optim)
     if recipe.deepspeed.zero_stage == 3:
         deepspeed.utils.set_z3_leaf_modules(trainee, [Trainee])
     return deepspeed.initialize(model=trainee, optimizer=optimizer, config=ds_config)[0]
@@ -263,7 +263,7 @@ def _restore(
             f"{setup.plan.fingerprint[:12]}); "
             f"a resume needs the same; start a new run from these weights with start_from"
         )
-    checkpoint.restore(path, engine, setup.potential, ema, state)
+    checkpoint.restore(path, engine, setup.potential, ema, state, setup.recipe.optim)
     return replace(state, world_size=world_size)
 
 

@@ -9,6 +9,7 @@ import contextlib
 import hashlib
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import resource
@@ -31,6 +32,7 @@ from mffm.data.loader import microbatch
 from mffm.data.plan import Cursor, StepPlan
 from mffm.errors import InputError
 from mffm.failures import node_name
+from mffm.optim import state_shapes
 from mffm.release import write_json
 from mffm.training.faults import Faults
 from mffm.training.setup import Setup, Trainee, deepspeed_config, prepare, use_precision
@@ -38,8 +40,8 @@ from mffm.training.setup import Setup, Trainee, deepspeed_config, prepare, use_p
 ALL_REDUCE_BYTES = 16_000_000
 DISK_BYTES = (1_000_000, 64_000_000)  # the least and the most that is written: what a checkpoint has, in between
 SCAN_STEPS, SCAN_SECONDS = 200, 2.0
-CHECKPOINT_BYTES = 16  # per parameter: raw weights, moving average, two moments
-RESIDENT_BYTES = 16  # per parameter, beside weights and gradients: two moments, moving average, the validated copy
+CHECKPOINT_BYTES = 8  # per parameter, beside the optimiser's state: raw weights, moving average
+RESIDENT_BYTES = 8  # per parameter, beside weights, gradients and the optimiser's state: moving average, validated copy
 SHARED_SECONDS = 2.0  # in which a file that rank 0 wrote appears on the other nodes
 
 
@@ -220,7 +222,7 @@ def disk(run: Path, setup: Setup, n_parameters: int, ranks: distributed.Ranks) -
     place = run.absolute()
     while not place.is_dir():
         place = place.parent
-    train, size = setup.recipe.train, CHECKPOINT_BYTES * n_parameters
+    train, size = setup.recipe.train, CHECKPOINT_BYTES * n_parameters + state_bytes(setup)
     n_weights = 3 + len(setup.fidelities.names)  # best, of each fidelity, last, raw
     need = (train.keep + 1) * size + 4 * n_parameters * n_weights
     probe = Path(_from_main(str(place / f".mffm-preflight-{os.getpid()}"), ranks))
@@ -262,7 +264,7 @@ def memory(setup: Setup, trainee: Trainee, cursor: Cursor, ranks: distributed.Ra
     step, items, n_scanned = _from_main(largest(setup, cursor, ranks) if ranks.is_main else None, ranks)
     edges, atoms = int(step.n_edges[items].sum()), int(step.n_atoms[items].sum())
     failed = try_batch(setup, trainee, step, items, device)
-    resident = RESIDENT_BYTES * setup.potential.n_parameters
+    resident = RESIDENT_BYTES * setup.potential.n_parameters + state_bytes(setup)
     mine = {"host": node_name(), "peak": peak_bytes(device), "there": memory_bytes(device), "failed": failed}
     everyone = _gather(mine, ranks)
     what = f"the largest microbatch of the next {n_scanned} steps (step {step.step}: {edges:,} edges, {atoms:,} atoms)"
@@ -289,6 +291,11 @@ def memory(setup: Setup, trainee: Trainee, cursor: Cursor, ranks: distributed.Ra
     )
     numbers = {"step": step.step, "edges": edges, "atoms": atoms, "steps": n_scanned, "ranks": everyone}
     return Check("memory", value, problem, numbers=numbers)
+
+
+def state_bytes(setup: Setup) -> int:
+    """Return the size of the optimiser's state, unsharded."""
+    return 4 * sum(math.prod(shape) for shape in state_shapes(setup.potential, setup.recipe.optim).values())
 
 
 def largest(setup: Setup, cursor: Cursor, ranks: distributed.Ranks) -> tuple[StepPlan, np.ndarray, int]:

@@ -1,4 +1,4 @@
-"""Weights and AdamW's moments where DeepSpeed keeps them, and whole, whatever the ZeRO stage.
+"""Weights and the optimiser's state where DeepSpeed keeps them, and whole, whatever the ZeRO stage.
 
 Stages 0 to 2 keep every weight on every rank. Stage 3 gives each rank a shard: the flat parameter, padded to a multiple
 of the ranks, cut into equal parts. Optimiser state is sharded from stage 1 on.
@@ -23,7 +23,7 @@ from deepspeed.utils import (
 )
 from torch import Tensor, nn
 
-MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's state of a parameter besides the number of steps
+MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's state of a parameter, the only one from stage 1 on
 
 
 def _is_sharded(parameter: Any) -> bool:
@@ -71,13 +71,16 @@ def master_weights(engine: Any, module: nn.Module) -> dict[str, Tensor]:
 
 
 def moments(engine: Any, module: nn.Module) -> dict[str, Tensor]:
-    """Return AdamW's full moments as <moment>/<parameter>, on CPU. Every rank must call this, after a first step."""
+    """Return the optimiser's whole state but for the number of steps, as <key>/<parameter>, on CPU.
+
+    Every rank must call this, after a first step.
+    """
     stage = engine.zero_optimization_stage()
     if stage in (1, 2):
         _link_states(engine)
     values = {}
     for name, p in module.named_parameters():
-        for key in MOMENTS:
+        for key in MOMENTS if stage > 0 else [k for k in engine.optimizer.state[p] if k != "step"]:
             value = engine.optimizer.state[p][key] if stage == 0 else safe_get_full_optimizer_state(p, key)
             values[f"{key}/{name}"] = value.detach().to("cpu", copy=True)
     return values
@@ -99,9 +102,17 @@ def set_weights(engine: Any, module: nn.Module, values: Mapping[str, Tensor]) ->
 
 
 def set_moments(engine: Any, module: nn.Module, values: Mapping[str, Tensor], step: int) -> None:
-    """Set AdamW's moments from full tensors <moment>/<parameter>, and its number of steps."""
+    """Set the optimiser's state from full tensors <key>/<parameter>, and its number of steps."""
     stage = engine.zero_optimization_stage()
-    inner = engine.optimizer if stage == 0 else engine.optimizer.optimizer
+    if stage == 0:
+        parameters = dict(module.named_parameters())
+        for p in parameters.values():
+            engine.optimizer.state[p] = {"step": torch.tensor(float(step))}
+        for full, value in values.items():
+            key, _, name = full.partition("/")
+            engine.optimizer.state[parameters[name]][key] = value.to(parameters[name].device, copy=True)
+        return
+    inner = engine.optimizer.optimizer
     if stage == 3:  # its optimiser has no parameters but during a step
         held = engine.optimizer.fp32_partitioned_groups_flat
     else:
@@ -113,9 +124,7 @@ def set_moments(engine: Any, module: nn.Module, values: Mapping[str, Tensor], st
     for name, p in module.named_parameters():
         for key in MOMENTS:
             value = values[f"{key}/{name}"].to(p.device)
-            if stage == 0:
-                inner.state[p][key].copy_(value)
-            elif stage < 3:
+            if stage < 3:
                 safe_set_full_optimizer_state(p, value, key)
             else:
                 safe_set_local_optimizer_state(p, _shard(p, value), key)

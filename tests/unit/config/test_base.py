@@ -106,7 +106,7 @@ def test_every_value_says_where_it_came_from():
     assert rows["train.steps"] == (10, "file")
     assert rows["data.plan.pools.0.fidelity"] == ("pbe", "file")
     assert rows["data.plan.pools.0.split"] == ("train", "default")
-    assert rows["optim.betas"] == ([0.9, 0.999], "default")
+    assert rows["optim.betas"] == (None, "default")
 
 
 def test_schema_of_every_yaml_is_json_schema():

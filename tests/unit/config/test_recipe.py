@@ -3,7 +3,7 @@
 import pytest
 
 from mffm.config.base import validate
-from mffm.config.recipe import DeepSpeedSection
+from mffm.config.recipe import DeepSpeedSection, OptimConfig, Recipe
 from mffm.errors import InputError
 
 
@@ -22,3 +22,30 @@ def test_offloading_that_deepspeed_does_not_do(stage: int, offload: str, reason:
 def test_offloading_that_it_does():
     for stage, offload in ((0, "none"), (1, "optimizer"), (3, "optimizer"), (3, "optimizer_and_parameters")):
         validate(DeepSpeedSection, {"zero_stage": stage, "offload": offload}, "test")
+
+
+@pytest.mark.parametrize("kind", ["soap", "muon"])
+def test_matrix_optimisers_are_refused_where_weights_are_sharded(kind: str):
+    recipe = {
+        "name": "x",
+        "data": {"store": "s", "plan": {"pools": [{"fidelity": "a"}], "edge_budget": 1}},
+        "train": {"steps": 1},
+        "optim": {"kind": kind},
+    }
+    validate(Recipe, recipe, "test")
+    for stage in (1, 2, 3):
+        with pytest.raises(InputError, match=rf"optim.kind: {kind} needs deepspeed.zero_stage: 0 \(now {stage}\)"):
+            validate(Recipe, {**recipe, "deepspeed": {"zero_stage": stage}}, "test")
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        ({"precondition_every": 5}, "precondition_every: 5 is of kind: soap"),
+        ({"kind": "muon", "max_precondition_dim": 64}, "max_precondition_dim: 64 is of kind: soap"),
+        ({"kind": "soap", "momentum": 0.9}, "momentum: 0.9 is of kind: muon"),
+    ],
+)
+def test_key_of_another_optimiser_is_refused(section: dict, message: str):
+    with pytest.raises(InputError, match=message):
+        validate(OptimConfig, section, "test")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,6 +12,11 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
+
+from mffm.config.base import load
+from mffm.config.recipe import Recipe
+from mffm.errors import InputError
+from mffm.training.loop import resume, train
 
 TRAIN = {"steps": 20, "validate_every": 5, "save_every": 10, "log_every": 1, "threads": 1, "keep": 3}
 
@@ -74,6 +80,27 @@ def test_kill_and_resume_is_bit_identical(uninterrupted: Path, make_recipe: Call
     for name in ("best", "last", "raw"):
         mine, whole = (load_file(r / "weights" / f"{name}.safetensors") for r in (run, uninterrupted))
         assert all((mine[k] == whole[k]).all() for k in whole)
+
+
+@pytest.mark.parametrize("kind", ["soap", "muon"])
+def test_matrix_optimisers_go_on_bit_for_bit(kind: str, make_recipe: Callable[..., Path], tmp_path: Path):
+    """In this process; what a kill leaves is what the checkpoint of step 10 was."""
+    run = tmp_path / kind
+    optim = {"kind": kind, **({"precondition_every": 3} if kind == "soap" else {})}
+    train(load(Recipe, make_recipe(kind, run=str(run), train=TRAIN, optim=optim)))
+    expected = bytes_of(run)
+    assert expected["model.safetensors"] != bytes_of(run, 10)["model.safetensors"]
+    checks = {c["name"]: c["numbers"] for c in json.loads((run / "preflight.json").read_text())["checks"]}
+    tensors = [v for name in expected for v in load_file(run / "checkpoints" / "step-00000020" / name).values()]
+    assert checks["disk"]["checkpoint_bytes"] == 4 * sum(v.numel() for v in tensors)
+    shutil.rmtree(run / "checkpoints" / "step-00000020")
+    (run / "checkpoints" / "latest").write_text("step-00000010\n")
+    resume(run)
+    assert bytes_of(run) == expected
+    recipe = run / "recipe.yaml"
+    recipe.write_text(recipe.read_text().replace(f"kind: {kind}", "kind: adamw").replace("every: 3", "every: 10"))
+    with pytest.raises(InputError, match=r"its optimiser state is not of this recipe's optim\.kind: adamw"):
+        resume(run)
 
 
 def test_interrupt_saves_at_a_step_boundary_and_says_how_to_go_on(
