@@ -104,12 +104,27 @@ class HeadsConfig(Schema):
         return self
 
 
+class DirectConfig(Schema):
+    """Heads that give forces, and stress, straight from features; per fidelity as `heads` are."""
+
+    stress: bool = Field(False, description="a head for the stress too; without it there is none")
+    zero_net_force: bool = Field(
+        True, description="take the mean force off the atoms of each system; a head alone does not sum to zero"
+    )
+
+
 class ModelConfig(Schema):
     """The potential of a run."""
 
     backbone: BackboneConfig = DensityConfig()
     conditioning: ConditioningConfig = ConditioningConfig()
     heads: HeadsConfig = HeadsConfig()
+    forces: Literal["conservative", "direct"] = Field(
+        "conservative",
+        description="minus the gradient of the energy, or direct: from heads of their own, not conservative; for "
+        "pretraining, about half the time a step",
+    )
+    direct: DirectConfig = DirectConfig()
     zbl: bool = Field(
         False, description="add the Ziegler-Biersack-Littmark repulsion of nuclei below the sum of covalent radii"
     )
@@ -118,3 +133,16 @@ class ModelConfig(Schema):
         description="fine-tuning: new fidelity → fidelity of the release that its head, conditioning row and "
         "references start from",
     )
+
+    @model_validator(mode="after")
+    def _checks(self) -> "ModelConfig":
+        if self.forces == "conservative":
+            if self.direct != DirectConfig():
+                raise ValueError("`direct` belongs to forces: direct; these are conservative")
+            return self
+        needed, what = (2, "stress") if self.direct.stress else (1, "forces")
+        if self.backbone.lmax < needed:
+            raise ValueError(f"direct {what} need features of degree {needed}; backbone.lmax is {self.backbone.lmax}")
+        if self.direct.stress and isinstance(self.backbone, EscnConfig):
+            raise ValueError("direct.stress is for the density backbone; escn has direct forces only")
+        return self

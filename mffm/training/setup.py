@@ -38,6 +38,7 @@ class Setup:
     spec: PotentialSpec
     potential: Potential
     used: dict[tuple[int, Property], int]
+    dropped: list[str] = field(default_factory=list)  # tensors of the base's direct heads
     n_parameters: int = field(init=False)  # of the potential, which holds empty tensors once ZeRO 3 has sharded it
 
     def __post_init__(self) -> None:
@@ -96,9 +97,11 @@ def prepare(recipe: Recipe, saved: PotentialSpec | None = None) -> Setup:
         from mffm.models.escn import load_checkpoint
 
         load_checkpoint(potential.learned.backbone, recipe.model.backbone.weights)
+    dropped: list[str] = []
     if base is not None:
-        potential.load_weights(base.potential.state_dict(), base.fidelities.names, recipe.model.init_from)
-    return Setup(recipe, store, fidelities, plan, loss, spec, potential, used)
+        dropped = potential.load_weights(base.potential.state_dict(), base.fidelities.names, recipe.model.init_from)
+        spec.provenance["start_from"]["dropped"] = dropped
+    return Setup(recipe, store, fidelities, plan, loss, spec, potential, used, dropped)
 
 
 def _require_same_backbone(recipe: Recipe, other: PotentialSpec, path: str) -> None:

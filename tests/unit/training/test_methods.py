@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from ase.calculators.calculator import PropertyNotImplementedError
 
 LF = {"fidelity": "gfn2", "properties": ["energy", "forces"]}
 HF = {"fidelity": "pbe", "properties": ["energy", "forces"], "max_frames": 20}
@@ -24,6 +25,7 @@ METHODS = {
 }
 TRAINING = {"activation_checkpointing": {"activation_checkpointing": True}, "bfloat16": {"precision": "bfloat16"}}
 METHODS |= dict.fromkeys([*TRAINING, "escn"], METHODS["sevennet_mf"])
+METHODS |= dict.fromkeys(["direct", "conservative_after_direct"], METHODS["idle"])
 ESCN = {"kind": "escn", "cutoff": 4.0, "sphere_channels": 8, "hidden_channels": 8, "edge_channels": 8, "n_radial": 8}
 RUN_ALL = """
 import sys
@@ -50,6 +52,10 @@ def runs(
         recipe["model"] = {**recipe["model"], "conditioning": {"kind": conditioning}, "heads": heads}
         if name == "escn":
             recipe["model"]["backbone"] = ESCN
+        if name == "direct":
+            recipe["model"]["forces"] = "direct"
+        if name == "conservative_after_direct":
+            recipe["start_from"] = str(folder / "direct")
         recipe["loss"] = loss
         recipe["references"] = {"anchor": pools[0]["fidelity"]} if "energy" in pools[0]["properties"] else {}
         recipe["train"] = {"steps": 10, "validate_every": 5, "save_every": 10, "log_every": 1, "threads": 1}
@@ -82,6 +88,34 @@ def test_activation_checkpointing_trains_alike_and_bfloat16_nearly(runs: dict[st
     assert losses("activation_checkpointing") == pytest.approx(losses("sevennet_mf"), rel=1e-4)
     assert losses("bfloat16") == pytest.approx(losses("sevennet_mf"), rel=0.05)
     assert losses("bfloat16") != pytest.approx(losses("sevennet_mf"), rel=1e-5)
+
+
+def test_direct_forces_then_conservative_ones(runs: dict[str, Path], tmp_path: Path):
+    """Everything that a user sees of the first says "not conservative"; the second keeps weights and references."""
+    from ase.build import molecule
+
+    from mffm.deploy.ase import Calculator
+    from mffm.release import load, save
+
+    first, second = load(runs["direct"]), load(runs["conservative_after_direct"])
+    assert not first.potential.is_conservative
+    assert second.potential.is_conservative
+    dropped = second.spec.provenance["start_from"]["dropped"]
+    assert set(dropped) == set(first.potential.state_dict()) - set(second.potential.state_dict())
+    assert second.spec.references.to_dict()["references"] == first.spec.references.to_dict()["references"]
+    assert "val/gfn2/forces_mae" in next(r for r in rows(runs["direct"]) if "val/loss" in r)
+    at_start = [next(r["train/loss"] for r in rows(runs[n]) if "train/loss" in r) for n in ("idle", second.path.name)]
+    assert at_start[1] < at_start[0]
+    assert "Not conservative" in (save(runs["direct"], tmp_path / "a") / "README.md").read_text()
+    assert "conservative" not in (save(second.path, tmp_path / "b") / "README.md").read_text()
+    with pytest.warns(UserWarning, match="not conservative: forces and stress come from direct heads"):
+        calculator = Calculator(tmp_path / "a", fidelity="gfn2")
+    assert not calculator.is_conservative
+    atoms = molecule("CH4", cell=[9, 9, 9], pbc=True, calculator=calculator)
+    atoms.rattle(0.1)
+    assert abs(atoms.get_forces()).max() > 0
+    with pytest.raises(PropertyNotImplementedError):
+        atoms.get_stress()
 
 
 def test_only_the_recipes_labels_are_used(runs: dict[str, Path]):
