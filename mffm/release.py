@@ -274,6 +274,11 @@ def card(name: str, loaded: Loaded, metrics: Mapping[str, Any]) -> str:
             f"| {fidelity.name} | {fidelity.level_of_theory} | {fidelity.code} | {counts} | "
             f"{' '.join(spec.references.elements(fidelity.name)) or 'none'} |"
         )
+    for name, d3 in spec.model.d3.items():
+        lines += [
+            "",
+            f"DFT-D3({d3.damping}) of {d3.functional} is a part of {name}; it needs `pip install 'mffm[d3]'`.",
+        ]
     lines += ["", "## Errors", ""]
     if metrics:
         lines += ["| split | fidelity | property | MAE | RMSE | labels |", "|---|---|---|---|---|---|"]

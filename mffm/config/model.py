@@ -113,6 +113,15 @@ class DirectConfig(Schema):
     )
 
 
+class D3Config(Schema):
+    """DFT-D3 dispersion, from simple-dftd3."""
+
+    functional: str = Field(min_length=1, description="as simple-dftd3 names it: pbe, r2scan, b3lyp")
+    damping: Literal["bj", "zero"] = "bj"
+    three_body: bool = Field(False, description="the Axilrod-Teller-Muto term too; crystals take 100 times as long")
+    cutoff: float | None = Field(None, gt=3.0, description="Å, of pairs; None: the library's 60 bohr (31.75 Å)")
+
+
 class ModelConfig(Schema):
     """The potential of a run."""
 
@@ -127,6 +136,10 @@ class ModelConfig(Schema):
     direct: DirectConfig = DirectConfig()
     zbl: bool = Field(
         False, description="add the Ziegler-Biersack-Littmark repulsion of nuclei below the sum of covalent radii"
+    )
+    d3: dict[str, D3Config] = Field(
+        default_factory=dict,
+        description="fidelity → DFT-D3 that its labels contain: added to every prediction, so that the rest is learned",
     )
     init_from: dict[str, str] = Field(
         default_factory=dict,

@@ -1,7 +1,7 @@
 """The ASE calculator of a release."""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,8 @@ from ase.data import chemical_symbols
 from ase.stress import full_3x3_to_voigt_6_stress
 
 from mffm.batch import reference_energy
+from mffm.config.base import validate
+from mffm.config.model import D3Config
 from mffm.data.checks import closest_pair
 from mffm.data.loader import pack
 from mffm.data.readers.convert import FARTHEST
@@ -33,6 +35,7 @@ class Calculator(AseCalculator):
         dtype: "float32", or "float64" for phonons and tight relaxations.
         device: torch device.
         weights: of a run: best, best-<fidelity>, last or raw.
+        d3: DFT-D3 to add to a fidelity whose labels have none, with the keys of ``model.d3``: {"functional": "pbe"}.
 
     Attributes:
         is_conservative: forces are minus the gradient of the energy; not so with direct heads, which a warning says.
@@ -57,6 +60,7 @@ class Calculator(AseCalculator):
         dtype: str = "float32",
         device: str | torch.device = "cpu",
         weights: str = "best",
+        d3: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ):
         super().__init__(**kwargs)
@@ -77,6 +81,13 @@ class Calculator(AseCalculator):
         self._potential = (
             self._loaded.potential.folded(fidelity).to(device=device, dtype=self.dtype).eval().requires_grad_(False)
         )
+        if d3 is not None:
+            if "d3" in self._potential.terms:
+                raise InputError(f"{release}: has DFT-D3 at {fidelity!r} already; leave d3 out")
+            from mffm.models.d3 import D3
+
+            config = validate(D3Config, d3, "d3")
+            self._potential.terms["d3"] = D3({fidelity: config}, [fidelity])
         self._references = self._loaded.spec.reference_table(device)[index : index + 1]
 
     def calculate(

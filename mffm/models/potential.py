@@ -54,6 +54,10 @@ class Potential(nn.Module):
         self.terms = nn.ModuleDict({"learned": LearnedTerm(config, self.fidelities, avg_neighbors, scale)})
         if config.zbl:
             self.terms["zbl"] = Zbl(self.cutoff)
+        if config.d3:
+            from mffm.models.d3 import D3
+
+            self.terms["d3"] = D3(config.d3, self.fidelities)
 
     @property
     def learned(self) -> LearnedTerm:
@@ -277,7 +281,12 @@ class Potential(nn.Module):
         _, output_shift = modulations.pop("output", (None, None))
         heads = own.heads.folded(fidelity, output_shift)
         config = self.config.model_copy(
-            update={"conditioning": ConditioningConfig(kind="none"), "heads": heads.config, "init_from": {}}
+            update={
+                "conditioning": ConditioningConfig(kind="none"),
+                "heads": heads.config,
+                "init_from": {},
+                "d3": {name: d3 for name, d3 in self.config.d3.items() if name == fidelity},
+            }
         )
         plain = Potential(config, [fidelity], self.avg_neighbors, self.scale).to(next(self.parameters()))
         plain.learned.backbone.load_state_dict(own.backbone.state_dict())

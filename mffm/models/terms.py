@@ -33,7 +33,7 @@ class TermOutput:
 
 
 class Term(Protocol):
-    """A part of the energy that depends on positions through edge vectors only.
+    """A part of the energy. What is differentiated depends on positions through edge vectors only.
 
     Attributes:
         cutoff: Å.
@@ -44,7 +44,10 @@ class Term(Protocol):
     own_derivatives: bool
 
     def __call__(self, batch: Batch, edge_vectors: Tensor) -> TermOutput:
-        """Return the term's energies for edge vectors [n_slots, 3]; nothing else of the geometry may be read."""
+        """Return the term's energies for edge vectors [n_slots, 3].
+
+        Nothing else of the geometry may be read, but by a term with derivatives of its own.
+        """
         ...
 
 
