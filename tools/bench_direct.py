@@ -161,17 +161,15 @@ def main() -> None:
                 lines.append(train(args.minutes, fraction, seed, changes))
                 with LOG.open("a") as file:
                     file.write(json.dumps(lines[-1]) + "\n")
-    print(
-        "| CPU min | share direct | seed | changes | steps | energy 300 K, meV | forces 300 K, meV/Å | 600 K | 600 K |"
-    )
-    print("|" + "---|" * 9)
+    head = "energy 300 K, meV | forces 300 K, meV/Å | energy 600 K | forces 600 K"
+    print(f"| CPU min | share direct | seed | changes | steps | CPU s used | {head} |")
+    print("|" + "---|" * 10)
     for r in lines:
-        steps = " + ".join(map(str, r["steps"]))
-        print(
-            f"| {r['minutes']:g} | {r['fraction']:g} | {r['seed']} | {' '.join(r['changes'])} | {steps} | {shown(r)} |"
-        )
+        first = [f"{r['minutes']:g}", f"{r['fraction']:g}", str(r["seed"]), " ".join(r["changes"])]
+        print(f"| {' | '.join(first)} | {' + '.join(map(str, r['steps']))} | {sum(r['cpu_s']):.0f} | {shown(r)} |")
         if r["errors_of_direct"] and r["fraction"] < 1:
-            print(f"| | after the direct stage | | | | {shown({**r, 'errors': r['errors_of_direct']})} |")
+            stage_1 = f"after the direct stage | | | {r['steps'][0]} | {r['cpu_s'][0]:.0f}"
+            print(f"| | {stage_1} | {shown({**r, 'errors': r['errors_of_direct']})} |")
 
 
 if __name__ == "__main__":

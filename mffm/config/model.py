@@ -131,7 +131,7 @@ class ModelConfig(Schema):
     forces: Literal["conservative", "direct"] = Field(
         "conservative",
         description="minus the gradient of the energy, or direct: from heads of their own, not conservative; for "
-        "pretraining, about half the time a step",
+        "pretraining, at 0.4 of the time a step",
     )
     direct: DirectConfig = DirectConfig()
     zbl: bool = Field(

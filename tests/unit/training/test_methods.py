@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 from ase.calculators.calculator import PropertyNotImplementedError
@@ -26,7 +27,9 @@ METHODS = {
 TRAINING = {"activation_checkpointing": {"activation_checkpointing": True}, "bfloat16": {"precision": "bfloat16"}}
 METHODS |= dict.fromkeys([*TRAINING, "escn"], METHODS["sevennet_mf"])
 METHODS |= dict.fromkeys(["direct", "conservative_after_direct"], METHODS["idle"])
+METHODS["d3"] = METHODS["idle"]
 ESCN = {"kind": "escn", "cutoff": 4.0, "sphere_channels": 8, "hidden_channels": 8, "edge_channels": 8, "n_radial": 8}
+D3 = {"pbe": {"functional": "pbe"}}
 RUN_ALL = """
 import sys
 from mffm.config.base import load
@@ -52,6 +55,8 @@ def runs(
         recipe["model"] = {**recipe["model"], "conditioning": {"kind": conditioning}, "heads": heads}
         if name == "escn":
             recipe["model"]["backbone"] = ESCN
+        if name == "d3":
+            recipe["model"]["d3"] = D3
         if name == "direct":
             recipe["model"]["forces"] = "direct"
         if name == "conservative_after_direct":
@@ -116,6 +121,37 @@ def test_direct_forces_then_conservative_ones(runs: dict[str, Path], tmp_path: P
     assert abs(atoms.get_forces()).max() > 0
     with pytest.raises(PropertyNotImplementedError):
         atoms.get_stress()
+
+
+def test_references_are_fitted_with_dispersion_taken_off(runs: dict[str, Path], molecule_store: Path, tmp_path: Path):
+    """As if they were fitted on labels less DFT-D3; another DFT-D3 on these weights is refused; the card names it."""
+    from mffm.config.base import load as load_recipe
+    from mffm.config.model import D3Config
+    from mffm.config.recipe import Recipe
+    from mffm.data.store import Store
+    from mffm.errors import InputError
+    from mffm.models.d3 import dispersion
+    from mffm.release import load, save
+    from mffm.training.setup import prepare
+
+    store, plain, with_d3 = Store(molecule_store), load(runs["idle"]), load(runs["d3"])
+    rows = store.rows(split="train", fidelity="gfn2")
+    composition = store.composition(rows)
+    d3 = [dispersion(D3Config(functional="pbe"), "", *store.geometry(int(r))).atom_energies.sum() for r in rows]
+    a, b = (
+        np.nan_to_num(x.spec.references.array(["gfn2", "pbe"])) @ composition.T.astype(float) for x in (plain, with_d3)
+    )
+    assert np.allclose(a[0], b[0])
+    mean = np.mean(np.array(d3) / composition.sum(1))
+    assert mean < -5e-3
+    fractions = composition / composition.sum(1, keepdims=True)
+    residual = (a[1] - b[1] - d3) / composition.sum(1)
+    assert np.abs(fractions.T @ residual).max() < 1e-8 * len(rows)  # the optimum of least squares
+    assert "less a fit of DFT-D3" in (runs["d3"] / "references.md").read_text()
+    assert "DFT-D3(bj) of pbe is a part of pbe" in (save(runs["d3"], tmp_path / "a") / "README.md").read_text()
+    recipe = load_recipe(Recipe, runs["d3"] / "recipe.yaml", ["model.d3={}", f"start_from={runs['d3']}"])
+    with pytest.raises(InputError, match=r"model\.d3\.pbe is none, but the weights in .* were trained with"):
+        prepare(recipe)
 
 
 def test_only_the_recipes_labels_are_used(runs: dict[str, Path]):
