@@ -34,6 +34,7 @@ class Batch:
         system_idx: [n_atoms] int64, atom → system.
         fidelity_idx: [n_systems] int64, system → fidelity.
         n_atoms: [n_systems] int64.
+        pbc: [n_systems, 3] bool.
         volume: [n_systems], Å³; 0 where the system is not periodic in three directions.
         charge: [n_systems] int64, 0 where none was given.
         spin_multiplicity: [n_systems] int64, 0 where none was given.
@@ -58,6 +59,7 @@ class Batch:
     system_idx: Tensor
     fidelity_idx: Tensor
     n_atoms: Tensor
+    pbc: Tensor
     volume: Tensor
     charge: Tensor
     spin_multiplicity: Tensor

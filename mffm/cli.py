@@ -266,7 +266,7 @@ def evaluate(
     from mffm.data.store import Store
     from mffm.distributed import tune_allocator
     from mffm.evaluate import parity
-    from mffm.release import load
+    from mffm.release import NOT_CONSERVATIVE, load
 
     tune_allocator()
     loaded = load(potential, weights)
@@ -279,6 +279,12 @@ def evaluate(
         console.print(
             f"{name}: {count} energies left out, their elements have no references at this fidelity", highlight=False
         )
+    if result.without_stress:
+        console.print(
+            f"{result.without_stress} stresses left out: direct forces without a stress head", highlight=False
+        )
+    if not loaded.potential.is_conservative:
+        console.print(NOT_CONSERVATIVE, highlight=False)
     console.print(f"{report}\n{figure}", highlight=False)
 
 
@@ -305,9 +311,11 @@ def release(
     weights: Annotated[str, typer.Option(help="best, best-<fidelity>, last, raw")] = "best",
 ) -> None:
     """Write a release: safetensors, JSON and a card."""
-    from mffm.release import save
+    from mffm.release import NOT_CONSERVATIVE, PotentialSpec, save
 
     path = save(run, folder, weights)
+    if PotentialSpec.read(path)[0].model.forces == "direct":
+        console.print(NOT_CONSERVATIVE, highlight=False)
     size = sum(p.stat().st_size for p in path.iterdir()) / 1e6
     console.print(f"{path}: {size:.1f} MB, {', '.join(sorted(p.name for p in path.iterdir()))}", highlight=False)
 

@@ -41,6 +41,10 @@ from mffm.models.potential import Potential
 
 FORMAT_VERSION = 1
 EVALUATION_EDGES = 20_000  # edges of a forward without training; bounds the memory
+NOT_CONSERVATIVE = (
+    "not conservative: forces and stress come from direct heads and are not derivatives of the energy; "
+    "molecular dynamics does not keep the energy, and relaxations and phonons are not consistent with it"
+)
 METADATA = ("config.json", "fidelities.json", "provenance.json")
 
 
@@ -247,6 +251,7 @@ def card(name: str, loaded: Loaded, metrics: Mapping[str, Any]) -> str:
         "theory at once. "
         f"{loaded.potential.n_parameters:,} parameters, cutoff {spec.model.backbone.cutoff:g} Å.",
         "",
+        *([f"**{NOT_CONSERVATIVE.capitalize()}.**", ""] if spec.model.forces == "direct" else []),
         "```python",
         "from mffm.deploy.ase import Calculator",
         "from ase.build import molecule",
@@ -269,6 +274,11 @@ def card(name: str, loaded: Loaded, metrics: Mapping[str, Any]) -> str:
             f"| {fidelity.name} | {fidelity.level_of_theory} | {fidelity.code} | {counts} | "
             f"{' '.join(spec.references.elements(fidelity.name)) or 'none'} |"
         )
+    for name, d3 in spec.model.d3.items():
+        lines += [
+            "",
+            f"DFT-D3({d3.damping}) of {d3.functional} is a part of {name}; it needs `pip install 'mffm[d3]'`.",
+        ]
     lines += ["", "## Errors", ""]
     if metrics:
         lines += ["| split | fidelity | property | MAE | RMSE | labels |", "|---|---|---|---|---|---|"]

@@ -104,17 +104,58 @@ class HeadsConfig(Schema):
         return self
 
 
+class DirectConfig(Schema):
+    """Heads that give forces, and stress, straight from features; per fidelity as `heads` are."""
+
+    stress: bool = Field(False, description="a head for the stress too; without it there is none")
+    zero_net_force: bool = Field(
+        True, description="take the mean force off the atoms of each system; a head alone does not sum to zero"
+    )
+
+
+class D3Config(Schema):
+    """DFT-D3 dispersion, from simple-dftd3."""
+
+    functional: str = Field(min_length=1, description="as simple-dftd3 names it: pbe, r2scan, b3lyp")
+    damping: Literal["bj", "zero"] = "bj"
+    three_body: bool = Field(False, description="the Axilrod-Teller-Muto term too; crystals take 100 times as long")
+    cutoff: float | None = Field(None, gt=3.0, description="Å, of pairs; None: the library's 60 bohr (31.75 Å)")
+
+
 class ModelConfig(Schema):
     """The potential of a run."""
 
     backbone: BackboneConfig = DensityConfig()
     conditioning: ConditioningConfig = ConditioningConfig()
     heads: HeadsConfig = HeadsConfig()
+    forces: Literal["conservative", "direct"] = Field(
+        "conservative",
+        description="minus the gradient of the energy, or direct: from heads of their own, not conservative; for "
+        "pretraining, at 0.4 of the time a step",
+    )
+    direct: DirectConfig = DirectConfig()
     zbl: bool = Field(
         False, description="add the Ziegler-Biersack-Littmark repulsion of nuclei below the sum of covalent radii"
+    )
+    d3: dict[str, D3Config] = Field(
+        default_factory=dict,
+        description="fidelity → DFT-D3 that its labels contain: added to every prediction, so that the rest is learned",
     )
     init_from: dict[str, str] = Field(
         default_factory=dict,
         description="fine-tuning: new fidelity → fidelity of the release that its head, conditioning row and "
         "references start from",
     )
+
+    @model_validator(mode="after")
+    def _checks(self) -> "ModelConfig":
+        if self.forces == "conservative":
+            if self.direct != DirectConfig():
+                raise ValueError("`direct` belongs to forces: direct; these are conservative")
+            return self
+        needed, what = (2, "stress") if self.direct.stress else (1, "forces")
+        if self.backbone.lmax < needed:
+            raise ValueError(f"direct {what} need features of degree {needed}; backbone.lmax is {self.backbone.lmax}")
+        if self.direct.stress and isinstance(self.backbone, EscnConfig):
+            raise ValueError("direct.stress is for the density backbone; escn has direct forces only")
+        return self

@@ -6,7 +6,7 @@ from pydantic import Field, model_validator
 
 from mffm.config.base import Schema
 from mffm.config.model import ModelConfig
-from mffm.keys import Property
+from mffm.keys import FORCES, STRESS, Property
 
 NonNegative = Annotated[float, Field(ge=0)]
 Below1 = Annotated[float, Field(ge=0, lt=1)]
@@ -253,6 +253,7 @@ class Recipe(Schema):
         named: dict[str, set[str]] = {
             "loss.weights": set(self.loss.weights),
             "references.given": set(self.references.given),
+            "model.d3": set(self.model.d3),
             "model.heads.init_from": set(self.model.heads.init_from) | set(self.model.heads.init_from.values()),
             "model.heads.base": {self.model.heads.base} if self.model.heads.base else set(),
         }
@@ -262,7 +263,30 @@ class Recipe(Schema):
                     raise ValueError(
                         f"{place} names fidelity {name!r}, which no pool has; pools have: {', '.join(fidelities)}"
                     )
+        self._check_direct()
         return self
+
+    def _check_direct(self) -> None:
+        """Every direct head needs labels: it would be random numbers without."""
+        if self.model.forces != "direct":
+            return
+        trained = {(pool.fidelity, prop) for pool in self.data.plan.pools for prop in pool.properties}
+        own = self.model.heads.kind == "independent"
+        for prop in (FORCES, STRESS) if self.model.direct.stress else (FORCES,):
+            lacking = [f for f in self.fidelities if (f, prop) not in trained]
+            if getattr(self.loss, prop).weight == 0 or (lacking if own else len(lacking) == len(self.fidelities)):
+                raise ValueError(
+                    f"model.forces: direct has a head for {prop}"
+                    + (" of each fidelity" if own else "")
+                    + f", but nothing trains it{f' at {lacking[0]!r}' if own and lacking else ''}: give a pool "
+                    f"{prop} among its properties and loss.{prop} a weight"
+                    + (", or set model.direct.stress: false" if prop == STRESS else "")
+                )
+        if not self.model.direct.stress and any(prop == STRESS for _, prop in trained):
+            raise ValueError(
+                "a pool trains stress, but direct forces have no stress head: set model.direct.stress: true, or take "
+                "stress out of the pool's properties"
+            )
 
     @property
     def fidelities(self) -> list[str]:

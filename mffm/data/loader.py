@@ -69,7 +69,8 @@ def pack(
         cutoff,
     )
     cells = np.array([g[2] for g in geometries], np.float64)
-    periodic = np.array([g[3] for g in geometries], bool).all(axis=1)
+    pbc = np.array([g[3] for g in geometries], bool)
+    periodic = pbc.all(axis=1)
     shapes: dict[Property, tuple[int, ...]] = {ENERGY: (n_systems,), FORCES: (total, 3), STRESS: (n_systems, 3, 3)}
     none = np.zeros(n_systems, np.int64)
     return Batch(
@@ -87,6 +88,7 @@ def pack(
         system_idx=torch.from_numpy(np.repeat(np.arange(n_systems), n_atoms)),
         fidelity_idx=torch.from_numpy(np.array(fidelity_idx, np.int64)),
         n_atoms=torch.from_numpy(n_atoms),
+        pbc=torch.from_numpy(pbc),
         volume=torch.from_numpy(np.where(periodic, np.abs(np.linalg.det(cells)), 0.0)).to(dtype),
         charge=torch.from_numpy(none.copy() if charge is None else np.array(charge, np.int64)),
         spin_multiplicity=torch.from_numpy(

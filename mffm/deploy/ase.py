@@ -1,6 +1,7 @@
 """The ASE calculator of a release."""
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,14 @@ from ase.data import chemical_symbols
 from ase.stress import full_3x3_to_voigt_6_stress
 
 from mffm.batch import reference_energy
+from mffm.config.base import validate
+from mffm.config.model import D3Config
 from mffm.data.checks import closest_pair
 from mffm.data.loader import pack
 from mffm.data.readers.convert import FARTHEST
 from mffm.distributed import tune_allocator
 from mffm.errors import InputError, known
-from mffm.release import load
+from mffm.release import NOT_CONSERVATIVE, load
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
@@ -32,6 +35,10 @@ class Calculator(AseCalculator):
         dtype: "float32", or "float64" for phonons and tight relaxations.
         device: torch device.
         weights: of a run: best, best-<fidelity>, last or raw.
+        d3: DFT-D3 to add to a fidelity whose labels have none, with the keys of ``model.d3``: {"functional": "pbe"}.
+
+    Attributes:
+        is_conservative: forces are minus the gradient of the energy; not so with direct heads, which a warning says.
 
     Raises:
         InputError: unknown fidelity, dtype or device; on calculation: an element that the fidelity has no references
@@ -53,6 +60,7 @@ class Calculator(AseCalculator):
         dtype: str = "float32",
         device: str | torch.device = "cpu",
         weights: str = "best",
+        d3: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ):
         super().__init__(**kwargs)
@@ -65,11 +73,21 @@ class Calculator(AseCalculator):
             raise InputError(f"device {str(device)!r} cannot be used: {reason}; 'cpu' always can") from error
         tune_allocator()
         self._loaded = load(release, weights, device, DTYPES[dtype])
+        self.is_conservative = self._loaded.potential.is_conservative
+        if not self.is_conservative:
+            warnings.warn(f"{release}: {NOT_CONSERVATIVE}", stacklevel=2)
         index = self._loaded.fidelities.index(fidelity)
         self.fidelity, self.device, self.dtype = fidelity, device, DTYPES[dtype]
         self._potential = (
             self._loaded.potential.folded(fidelity).to(device=device, dtype=self.dtype).eval().requires_grad_(False)
         )
+        if d3 is not None:
+            if "d3" in self._potential.terms:
+                raise InputError(f"{release}: has DFT-D3 at {fidelity!r} already; leave d3 out")
+            from mffm.models.d3 import D3
+
+            config = validate(D3Config, d3, "d3")
+            self._potential.terms["d3"] = D3({fidelity: config}, [fidelity])
         self._references = self._loaded.spec.reference_table(device)[index : index + 1]
 
     def calculate(
@@ -96,8 +114,8 @@ class Calculator(AseCalculator):
             charge=[int(atoms.info.get("charge", 0))],
             spin_multiplicity=[int(atoms.info.get("spin_multiplicity", atoms.info.get("spin", 0)))],
         ).to(self.device)
-        has_volume = bool(batch.volume[0] > 0)
-        prediction = self._potential(batch, forces=True, stress=has_volume)
+        has_stress = bool(batch.volume[0] > 0) and self._potential.has_stress
+        prediction = self._potential(batch, forces=True, stress=has_stress)
         energy = float(prediction.energy[0].double() + reference_energy(batch, self._references)[0])
         per_atom = prediction.atom_energies.double() + self._references[0, batch.atomic_numbers]
         assert prediction.forces is not None
@@ -111,7 +129,7 @@ class Calculator(AseCalculator):
             "energies": per_atom.cpu().numpy(),
             "forces": prediction.forces.double().cpu().numpy(),
         }
-        if has_volume:
+        if has_stress:
             assert prediction.stress is not None
             self.results["stress"] = full_3x3_to_voigt_6_stress(prediction.stress[0].double().cpu().numpy())
 

@@ -28,6 +28,7 @@ class Evaluation:
     predictions: dict[tuple[str, Property], np.ndarray] = field(default_factory=dict)
     n_systems: dict[tuple[str, Property], int] = field(default_factory=dict)
     unreferenced: dict[str, int] = field(default_factory=dict)
+    without_stress: int = 0  # stress labels that the potential has no prediction for
 
     def rows(self) -> list[dict[str, Any]]:
         """Return one row per fidelity and property: mae, rmse, bias in the report's units, R², number of systems."""
@@ -94,6 +95,9 @@ def evaluate(
         systems = dict.fromkeys(PROPERTIES, 0)
         for batch in systems_at(loaded, store, rows, name, asked):
             batch = batch.to(device)
+            if not loaded.potential.has_stress:
+                result.without_stress += int(batch.masks[STRESS].sum())
+                batch.masks[STRESS] = torch.zeros_like(batch.masks[STRESS])
             has_stress = bool(batch.masks[STRESS].any())
             prediction = loaded.potential(batch, forces=True, stress=has_stress)
             reference = reference_energy(batch, table)
@@ -140,7 +144,9 @@ def write(evaluation: Evaluation, loaded: Loaded, store: Store, folder: Path) ->
             "weights_sha256": loaded.weights_sha256,
             "store": store.path.name,
             "store_fingerprint": store.fingerprint,
+            "is_conservative": loaded.potential.is_conservative,
             "energies_without_references": evaluation.unreferenced,
+            "stresses_without_prediction": evaluation.without_stress,
             "rows": evaluation.rows(),
         },
     )

@@ -50,18 +50,24 @@ class Backbone(Protocol):
 
     Attributes:
         n_features: width of the output.
+        l_out: highest degree of ``features``; 0 unless it was made for direct heads.
         cutoff: Å; an edge of this length has no effect.
         sites: name → width of the places where scalars accept a scale and a shift; "output" is the last.
         recompute: keep no activations in training, compute them again (activation checkpointing).
     """
 
     n_features: int
+    l_out: int
     cutoff: float
     sites: dict[str, int]
     recompute: bool
 
     def __call__(self, batch: Batch, edge_vectors: Tensor, modulations: Mapping[str, Modulation]) -> Tensor:
         """Return invariant features [n_atoms, n_features]; modulations: site → (scale, shift), [n_atoms, width]."""
+        ...
+
+    def features(self, batch: Batch, edge_vectors: Tensor, modulations: Mapping[str, Modulation]) -> list[Tensor]:
+        """Return features by degree l ≤ ``l_out``, [2l + 1, n_atoms, n_features]; of degree 0 those of the call."""
         ...
 
     def site(self, name: str) -> tuple[nn.Parameter, nn.Parameter]:
@@ -257,12 +263,15 @@ class Layer(nn.Module):
 
     Args:
         l_in: highest degree of the incoming features. l_out: of the outgoing ones.
+        l_extra: degrees above l_out up to this one are given too, as they leave the products. Their linear maps are all
+            that they add: without them the layer is the same.
     """
 
-    def __init__(self, config: DensityConfig, l_in: int, l_out: int, avg_neighbors: float):
+    def __init__(self, config: DensityConfig, l_in: int, l_out: int, avg_neighbors: float, l_extra: int = 0):
         super().__init__()
         c, c_edge, lmax = config.channels, config.edge_channels, config.lmax
         self._l_in, self._l_out, self._lmax, self._c_edge = l_in, l_out, lmax, c_edge
+        self._l_products = max(l_out, l_extra)
         self.norm = DegreeNorm(l_in, c)
         self.send = DegreeLinear([c] * (l_in + 1), [c_edge] * (l_in + 1))
         self.radial = normal_parameter(
@@ -275,7 +284,7 @@ class Layer(nn.Module):
         self.gate = DegreeLinear([c], [c * (lmax + 1)], gain=0.3)
         assert self.gate.bias is not None
         nn.init.ones_(self.gate.bias)
-        self.products = Products(lmax, l_out, c, config.body_order)
+        self.products = Products(lmax, self._l_products, c, config.body_order)
         self.feed_forward = FeedForward(l_out, c, config.ff_expansion)
 
     def density(self, sent: list[Tensor], basis: EdgeBasis, batch: Batch) -> Tensor:
@@ -298,8 +307,9 @@ class Layer(nn.Module):
         x[0] = modulated(x[0], modulations.get(f"{prefix}.receive"))
         gates = self.gate(u[:1])[0].chunk(self._lmax + 1, dim=-1)
         x = [y * gate for y, gate in zip(x, gates, strict=True)]
-        h = self.products(x, [h[degree] if degree <= self._l_in else None for degree in range(self._l_out + 1)])
-        return self.feed_forward(h, modulations.get(f"{prefix}.update"))
+        h = self.products(x, [h[degree] if degree <= self._l_in else None for degree in range(self._l_products + 1)])
+        n = self._l_out + 1
+        return [*self.feed_forward(h[:n], modulations.get(f"{prefix}.update")), *h[n:]]
 
 
 def _check_state(batch: Batch) -> None:
@@ -318,13 +328,16 @@ class DensityBackbone(nn.Module):
 
     Args:
         avg_neighbors: mean number of neighbors of an atom in the training set; the density is divided by its root.
+        l_out: highest degree of ``features``, of which those above 0 come from linear maps of their own in the last
+            layer.
     """
 
-    def __init__(self, config: DensityConfig, avg_neighbors: float):
+    def __init__(self, config: DensityConfig, avg_neighbors: float, l_out: int = 0):
         super().__init__()
         self.config = config
         self.cutoff = config.cutoff
         self.n_features = config.channels
+        self.l_out = l_out
         self.elements = nn.Embedding(N_ELEMENTS + 1, config.channels)
         self.charges = self.spins = None
         if config.charge_and_spin:  # at zero: every charge and spin starts as the neutral system
@@ -341,7 +354,11 @@ class DensityBackbone(nn.Module):
         )
         self.trunk_bias = nn.ParameterList(nn.Parameter(torch.zeros(hidden)) for _ in range(2))
         degrees = [0] + [config.l_message] * (config.layers - 1) + [0]
-        self.layers = nn.ModuleList(Layer(config, l_in, l_out, avg_neighbors) for l_in, l_out in pairwise(degrees))
+        last = config.layers - 1
+        self.layers = nn.ModuleList(
+            Layer(config, l_in, l_next, avg_neighbors, l_extra=l_out if i == last else 0)
+            for i, (l_in, l_next) in enumerate(pairwise(degrees))
+        )
         self.sites: dict[str, int] = {}
         for i, layer in enumerate(self.layers):
             assert isinstance(layer, Layer)
@@ -378,8 +395,20 @@ class DensityBackbone(nn.Module):
             radial = F.silu(torch.addmm(bias, radial, weight))
         return EdgeBasis(harmonics, radial * envelope(x, self.config.envelope_power).to(dtype).unsqueeze(-1))
 
+    def equivariant_only(self) -> set[str]:
+        """Return the names of the parameters that a backbone with ``l_out`` 1 or 2 has besides those of this with 0."""
+        maps = ["linear"]
+        if self.config.body_order > 2:  # with a cube, the square has all degrees in any case
+            maps.append("square_linear" if self.config.body_order == 3 else "cube_linear")
+        last = len(self.layers) - 1
+        return {f"layers.{last}.products.{name}.weights.{degree}" for name in maps for degree in (1, 2)}
+
     def forward(self, batch: Batch, edge_vectors: Tensor, modulations: Mapping[str, Modulation]) -> Tensor:
         """Return the features [n_atoms, n_features]."""
+        return self.features(batch, edge_vectors, modulations)[0][0]
+
+    def features(self, batch: Batch, edge_vectors: Tensor, modulations: Mapping[str, Modulation]) -> list[Tensor]:
+        """Return features by degree l ≤ ``l_out``, [2l + 1, n_atoms, n_features]."""
         elements = self.elements(batch.atomic_numbers)
         if self.charges is not None and self.spins is not None:
             _check_state(batch)
@@ -395,7 +424,7 @@ class DensityBackbone(nn.Module):
             basis = self.edge_basis(edge_vectors, elements.dtype, *trunk)
             for i, layer in enumerate(self.layers):
                 h = layer(h, basis, batch, modulations, str(i))
-        return modulated(h[0][0], modulations.get("output"))
+        return [modulated(h[0][0], modulations.get("output")).unsqueeze(0), *h[1:]]
 
     def _recomputed_basis(self, edge_vectors: Tensor, dtype: torch.dtype, trunk: Sequence[Tensor]) -> EdgeBasis:
         def part(edge_vectors: Tensor, *trunk: Tensor) -> tuple[Tensor, ...]:

@@ -65,13 +65,15 @@ class EscnBackbone(nn.Module):
 
     Args:
         avg_neighbors: not used; eSCN-MD divides by a fixed number.
+        l_out: highest degree of ``features``, 0 or 1; eSCN-MD has them in any case.
     """
 
-    def __init__(self, config: EscnConfig, avg_neighbors: float):
+    def __init__(self, config: EscnConfig, avg_neighbors: float, l_out: int = 0):
         super().__init__()
         self.config = config
         self.cutoff = config.cutoff
         self.n_features = config.sphere_channels
+        self.l_out = l_out
         self.sites = {SYSTEM_SITE: config.sphere_channels, "output": self.n_features}
         self.recompute = False
         with _default_dtype(torch.float32):
@@ -88,8 +90,16 @@ class EscnBackbone(nn.Module):
         if dtype is not None:
             raise InputError("train.precision: bfloat16 is for the density backbone; set float32 or tf32 with escn")
 
+    def equivariant_only(self) -> set[str]:
+        """Return the names of the parameters that ``l_out`` 1 adds: none."""
+        return set()
+
     def forward(self, batch: Batch, edge_vectors: Tensor, modulations: Mapping[str, Modulation]) -> Tensor:
-        """Return the features [n_atoms, n_features].
+        """Return the features [n_atoms, n_features]."""
+        return self.features(batch, edge_vectors, modulations)[0][0]
+
+    def features(self, batch: Batch, edge_vectors: Tensor, modulations: Mapping[str, Modulation]) -> list[Tensor]:
+        """Return features by degree l ≤ ``l_out``, [2l + 1, n_atoms, n_features].
 
         Raises:
             InputError: activation checkpointing was asked for.
@@ -112,8 +122,9 @@ class EscnBackbone(nn.Module):
             atomic_numbers=batch.atomic_numbers, pos=edge_vectors, batch=batch.system_idx, natoms=batch.n_atoms,
             charge=batch.charge, spin=batch.spin_multiplicity, graph=graph,
         )  # fmt: skip
-        features = self.escn(data)["node_embedding"][:, 0]
-        return modulated(features, modulations.get("output"))
+        nodes = self.escn(data)["node_embedding"]
+        invariant = modulated(nodes[:, 0], modulations.get("output")).unsqueeze(0)
+        return [invariant] if self.l_out == 0 else [invariant, nodes[:, 1:4].transpose(0, 1)]
 
 
 def arguments(config: EscnConfig) -> dict[str, Any]:

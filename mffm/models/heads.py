@@ -20,12 +20,12 @@ from mffm.models.density import SILU_GAIN
 
 
 class Mlp(nn.Module):
-    """[n, widths[0]] → [n]; silu between layers. With ``stack`` every parameter has a leading axis of so many MLPs."""
+    """[n, widths[0]] → [n, n_outputs]; silu between layers. ``stack``: a leading axis of so many MLPs everywhere."""
 
-    def __init__(self, widths: Sequence[int], stack: int | None = None, zero_output: bool = False):
+    def __init__(self, widths: Sequence[int], n_outputs: int = 1, stack: int | None = None, zero_output: bool = False):
         super().__init__()
         lead = () if stack is None else (stack,)
-        sizes = [*widths, 1]
+        sizes = [*widths, n_outputs]
         self.weights, self.biases = nn.ParameterList(), nn.ParameterList()
         for i, (n_in, n_out) in enumerate(pairwise(sizes)):
             last = i == len(widths) - 1
@@ -44,36 +44,46 @@ class Mlp(nn.Module):
 
 
 def run_mlp(layers: Sequence[tuple[Tensor, Tensor]], x: Tensor) -> Tensor:
-    """Return an MLP's outputs [n] for inputs [n, width]."""
+    """Return an MLP's outputs [n, n_outputs] for inputs [n, width]."""
     for i, (weight, bias) in enumerate(layers):
         x = torch.addmm(bias, F.silu(x) if i else x, weight)
-    return x.squeeze(-1)
+    return x
 
 
 class Heads(nn.Module):
-    """Atom energies from features.
+    """Numbers of atoms from invariant features: energies, or the coefficients of a direct head.
 
     Args:
-        scale: eV; outputs are multiplied by it, for all fidelities.
+        scale: outputs are multiplied by it, for all fidelities; eV for energies.
+        n_outputs: numbers of an atom; None: one, without an axis of its own.
 
     Raises:
         InputError: the configuration names a fidelity that is not in ``fidelities``.
     """
 
-    def __init__(self, config: HeadsConfig, fidelities: Sequence[str], n_features: int, scale: float):
+    def __init__(
+        self,
+        config: HeadsConfig,
+        fidelities: Sequence[str],
+        n_features: int,
+        scale: float,
+        n_outputs: int | None = None,
+    ):
         super().__init__()
         self.config = config
+        self.n_outputs = n_outputs
         self.fidelities = tuple(fidelities)
         self.scale = float(scale)
         named = {*config.init_from, *config.init_from.values(), *([config.base] if config.base else [])}
         for name in sorted(named - set(fidelities)):
             raise InputError(f"model.heads names fidelity {name!r}; fidelities of this potential: {known(fidelities)}")
         widths = [n_features, *config.hidden]
-        self.mlp = Mlp(widths, stack=len(fidelities) if config.kind == "independent" else None)
+        n = n_outputs or 1
+        self.mlp = Mlp(widths, n, stack=len(fidelities) if config.kind == "independent" else None)
         self.correction: Mlp | None = None
         if config.kind == "delta":
             # The base has a row too, which stays unused: every per-fidelity tensor has one row for each fidelity.
-            self.correction = Mlp(widths, stack=len(fidelities), zero_output=True)
+            self.correction = Mlp(widths, n, stack=len(fidelities), zero_output=True)
         with torch.no_grad():
             for name, source in config.init_from.items():
                 for tensor in self.mlp.parameters():
@@ -85,22 +95,23 @@ class Heads(nn.Module):
         return {name for name, _ in self.named_parameters() if stacked and name.startswith(f"{stacked}.")}
 
     def forward(self, features: Tensor, fidelity_idx: Tensor) -> Tensor:
-        """Return atom energies [n_atoms], eV, for the fidelities [n_atoms] of the atoms."""
+        """Return the numbers [n_atoms] or [n_atoms, n_outputs] for the fidelities [n_atoms] of the atoms."""
         if self.config.kind == "independent":
-            return self._own_rows(self.mlp, features, fidelity_idx) * self.scale
-        energies = run_mlp(list(zip(self.mlp.weights, self.mlp.biases, strict=True)), features)
+            values = self._own_rows(self.mlp, features, fidelity_idx)
+        else:
+            values = run_mlp(list(zip(self.mlp.weights, self.mlp.biases, strict=True)), features)
         if self.correction is not None:
             assert self.config.base is not None
             skip = self.fidelities.index(self.config.base)
-            energies = energies + self._own_rows(self.correction, features, fidelity_idx, skip)
-        return energies * self.scale
+            values = values + self._own_rows(self.correction, features, fidelity_idx, skip)
+        return (values.squeeze(-1) if self.n_outputs is None else values) * self.scale
 
     def _own_rows(self, mlp: Mlp, features: Tensor, fidelity_idx: Tensor, skip: int | None = None) -> Tensor:
-        """Return each atom's output of its fidelity's MLP, 0 for the fidelity ``skip``."""
+        """Return each atom's outputs of its fidelity's MLP, 0 for the fidelity ``skip``."""
         order = torch.argsort(fidelity_idx, stable=True)
         sizes = torch.bincount(fidelity_idx, minlength=len(self.fidelities)).tolist()
         outputs = [
-            rows.new_zeros(len(rows)) if i == skip else run_mlp(layers, rows)
+            rows.new_zeros(len(rows), self.n_outputs or 1) if i == skip else run_mlp(layers, rows)
             for i, (layers, rows) in enumerate(
                 zip(mlp.members(), features.index_select(0, order).split(sizes), strict=True)
             )
@@ -121,7 +132,7 @@ class Heads(nn.Module):
             layers.append(self.correction.members()[row])
         hidden = [n * len(layers) for n in self.config.hidden]
         config = HeadsConfig(kind="shared", hidden=hidden)
-        folded = Heads(config, [fidelity], layers[0][0][0].shape[0], self.scale).to(layers[0][0][0])
+        folded = Heads(config, [fidelity], layers[0][0][0].shape[0], self.scale, self.n_outputs).to(layers[0][0][0])
         n_layers = len(layers[0])
         for i, (weight, bias) in enumerate(zip(folded.mlp.weights, folded.mlp.biases, strict=True)):
             weights, biases = [mlp[i][0] for mlp in layers], [mlp[i][1] for mlp in layers]

@@ -32,7 +32,7 @@ class Prediction:
 
 
 class Potential(nn.Module):
-    """Interaction energies of systems at their fidelities, with conservative forces and stress.
+    """Interaction energies of systems at their fidelities, with conservative (or, for pretraining, direct) forces.
 
     Args:
         config: backbone, conditioning and heads.
@@ -54,6 +54,10 @@ class Potential(nn.Module):
         self.terms = nn.ModuleDict({"learned": LearnedTerm(config, self.fidelities, avg_neighbors, scale)})
         if config.zbl:
             self.terms["zbl"] = Zbl(self.cutoff)
+        if config.d3:
+            from mffm.models.d3 import D3
+
+            self.terms["d3"] = D3(config.d3, self.fidelities)
 
     @property
     def learned(self) -> LearnedTerm:
@@ -64,6 +68,16 @@ class Potential(nn.Module):
     @property
     def cutoff(self) -> float:
         return self.learned.cutoff
+
+    @property
+    def is_conservative(self) -> bool:
+        """Whether forces and stress are derivatives of the energy; not with direct heads."""
+        return self.config.forces == "conservative"
+
+    @property
+    def has_stress(self) -> bool:
+        """Whether there is a stress: with direct forces, only from a head for it."""
+        return self.is_conservative or self.config.direct.stress
 
     @property
     def n_parameters(self) -> int:
@@ -79,29 +93,38 @@ class Potential(nn.Module):
             InputError: a fidelity index or a dtype that the potential does not have.
         """
         self._check(batch)
+        if stress and not self.has_stress:
+            raise InputError("no stress: this potential has direct forces without a stress head (model.direct.stress)")
         train = self.training and torch.is_grad_enabled()
-        derivatives = forces or stress
+        terms = list(self.terms.values())
+        derivatives = (forces or stress) and not all(term.own_derivatives for term in terms)
         with torch.set_grad_enabled(train or derivatives):
-            edge_vectors = batch.edge_vectors.detach().requires_grad_(derivatives)
-            outputs: list[TermOutput] = [term(batch, edge_vectors) for term in self.terms.values()]
+            fixed = batch.edge_vectors.detach()
+            edge_vectors = fixed.detach().requires_grad_(derivatives)
+            outputs: list[TermOutput] = [term(batch, fixed if term.own_derivatives else edge_vectors) for term in terms]
             atom_energies = sum((o.atom_energies for o in outputs[1:]), outputs[0].atom_energies)
             systems = batch.system_idx
             energy = torch.zeros(batch.n_systems, dtype=torch.float64, device=systems.device)
             energy = energy.index_add(0, systems, atom_energies.to(torch.float64))
             prediction = Prediction(energy, atom_energies, None, None)
+            all_forces = [o.forces for o in outputs if o.forces is not None]
+            virials = [o.virial for o in outputs if o.virial is not None]
             if derivatives:
                 # Terms with their own forces have no graph. The sum over atoms has the gradient of the float64 one.
                 total = sum((o.atom_energies.sum() for o in outputs if o.forces is None), edge_vectors.new_zeros(()))
                 (gradient,) = torch.autograd.grad(total, edge_vectors, create_graph=train)
                 if forces:
-                    own = [o.forces for o in outputs if o.forces is not None]
-                    prediction.forces = sum(own, self._forces(batch, gradient))
+                    all_forces.insert(0, self._forces(batch, gradient))
                 if stress:
-                    given = [o.virial for o in outputs if o.virial is not None]
-                    virial = sum(given, self._virial(batch, edge_vectors.detach(), gradient))
-                    prediction.stress = self._stress(batch, virial)
+                    virials.insert(0, self._virial(batch, fixed, gradient))
+            if forces:
+                prediction.forces = sum(all_forces[1:], all_forces[0])
+            if stress:
+                prediction.stress = self._stress(batch, sum(virials[1:], virials[0]))
         if not train:
-            prediction.energy, prediction.atom_energies = prediction.energy.detach(), prediction.atom_energies.detach()
+            for name in ("energy", "atom_energies", "forces", "stress"):
+                value = getattr(prediction, name)
+                setattr(prediction, name, None if value is None else value.detach())
         return prediction
 
     @staticmethod
@@ -140,24 +163,26 @@ class Potential(nn.Module):
 
     def per_fidelity(self) -> set[str]:
         """Return the names in the state dict whose rows are fidelities."""
-        conditioning = {f"conditioning.{name}" for name in self.learned.conditioning.per_fidelity()}
-        heads = {f"heads.{name}" for name in self.learned.heads.per_fidelity()}
-        return {f"terms.learned.{name}" for name in conditioning | heads}
+        return {f"terms.learned.{name}" for name in self.learned.per_fidelity()}
 
     @torch.no_grad()
     def load_weights(
         self, state: Mapping[str, Tensor], fidelities: Sequence[str], init_from: Mapping[str, str] | None = None
-    ) -> None:
+    ) -> list[str]:
         """Start from the weights of another potential with other fidelities.
 
         Shared tensors are copied. Rows of per-fidelity tensors are matched by name; a fidelity that is new starts as a
         copy of ``init_from[new]``, or, where the common model is defined, at the common model: conditioning at zero,
-        delta corrections at zero.
+        delta corrections at zero. A conservative potential starts from a direct one without its direct heads and the
+        linear maps that feed them.
 
         Args:
             state: the other potential's state dict.
             fidelities: the other potential's fidelities, in its order.
             init_from: new fidelity → fidelity of the other potential.
+
+        Returns:
+            the names of the tensors of direct heads that were left out.
 
         Raises:
             InputError: a tensor is missing, superfluous or of another shape; a fidelity is unknown; a new fidelity of
@@ -175,8 +200,13 @@ class Potential(nn.Module):
                     f"init_from[{new!r}] = {source!r}, which the weights lack; they have: {known(fidelities)}"
                 )
         self._check_delta_base(state, fidelities)
-        if set(own) != set(state):
-            missing, extra = sorted(set(own) - set(state)), sorted(set(state) - set(own))
+        dropped = self._of_direct_heads(set(state) - set(own)) if self.is_conservative else set()
+        missing, extra = sorted(set(own) - set(state)), sorted(set(state) - set(own) - dropped)
+        if not self.is_conservative and not any(".direct_heads." in name for name in state):
+            raise InputError(
+                "the weights have no direct heads, which would start from nothing: set model.forces: conservative"
+            )
+        if missing or extra:
             raise InputError(
                 f"the weights are of another kind of potential: missing {', '.join(missing) or 'nothing'}; "
                 f"not used {', '.join(extra) or 'nothing'}; "
@@ -196,6 +226,11 @@ class Potential(nn.Module):
                 )
             loaded[name] = self._rows(name, tensor, value, sources) if stacked else value
         self.load_state_dict(loaded)
+        return sorted(dropped)
+
+    def _of_direct_heads(self, names: set[str]) -> set[str]:
+        maps = {f"terms.learned.backbone.{name}" for name in self.learned.backbone.equivariant_only()}
+        return {name for name in names if name in maps or name.startswith("terms.learned.direct_heads.")}
 
     def _rows(self, name: str, tensor: Tensor, value: Tensor, sources: Sequence[int | None]) -> Tensor:
         """Return the own tensor with each fidelity's row from the weights, or as a new fidelity starts."""
@@ -206,7 +241,7 @@ class Potential(nn.Module):
                 out[row] = value[source].to(out)
             elif ".conditioning." in name or name.endswith((f"correction.weights.{last}", f"correction.biases.{last}")):
                 out[row] = 0
-            elif ".heads.mlp." in name:
+            elif ".mlp." in name:
                 new = self.fidelities[row]
                 raise InputError(
                     f"fidelity {new!r} is new and its head has nothing to start from: "
@@ -246,11 +281,18 @@ class Potential(nn.Module):
         _, output_shift = modulations.pop("output", (None, None))
         heads = own.heads.folded(fidelity, output_shift)
         config = self.config.model_copy(
-            update={"conditioning": ConditioningConfig(kind="none"), "heads": heads.config, "init_from": {}}
+            update={
+                "conditioning": ConditioningConfig(kind="none"),
+                "heads": heads.config,
+                "init_from": {},
+                "d3": {name: d3 for name, d3 in self.config.d3.items() if name == fidelity},
+            }
         )
         plain = Potential(config, [fidelity], self.avg_neighbors, self.scale).to(next(self.parameters()))
         plain.learned.backbone.load_state_dict(own.backbone.state_dict())
         plain.learned.heads.load_state_dict(heads.state_dict())
+        if plain.learned.direct_heads is not None and own.direct_heads is not None:
+            plain.learned.direct_heads.load_folded(own.direct_heads, fidelity, output_shift)
         for site, (scale, shift) in modulations.items():
             weight, bias = plain.learned.backbone.site(site)
             if scale is not None:

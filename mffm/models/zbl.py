@@ -30,6 +30,7 @@ class Zbl(nn.Module):
     def __init__(self, cutoff: float):
         super().__init__()
         self.cutoff = cutoff
+        self.own_derivatives = False
         self._radii = Constant(torch.from_numpy(covalent_radii.copy()))
 
     def forward(self, batch: Batch, edge_vectors: Tensor) -> TermOutput:

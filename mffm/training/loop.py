@@ -171,7 +171,7 @@ def _validator(setup: Setup, table: torch.Tensor, ranks: distributed.Ranks) -> V
     validator = Validator(
         setup.store, setup.fidelities, recipe.data.validation_split, recipe.data.validation_max_frames,
         recipe.model.backbone.cutoff, plan.edges_per_microbatch or plan.edge_budget, setup.loss, set(setup.used), table,
-        ranks,
+        ranks, setup.potential.has_stress,
     )  # fmt: skip
     if recipe.train.best not in validator.names:
         raise InputError(f"train.best: no metric {recipe.train.best!r}; this run measures: {known(validator.names)}")
@@ -336,6 +336,15 @@ def _say_start(log: RunLog, setup: Setup, ranks: distributed.Ranks, n_microbatch
         f"{n_microbatches} microbatch(es), "
         f"ZeRO {section.zero_stage}{offload}; labels {labels}"
     )
+    if not setup.potential.is_conservative:
+        log.say(
+            "forces are direct: not conservative; for pretraining, to be fine-tuned with model.forces: conservative"
+        )
+    if setup.dropped:
+        log.say(
+            f"start_from {setup.recipe.start_from}: its direct heads are left out, {len(setup.dropped)} tensors "
+            "(potential/provenance.json names them)"
+        )
     if section.overrides:
         log.say(f"merged over the generated deepspeed.json: {json.dumps(section.overrides)}")
     for name, n in setup.plan.oversize.items():

@@ -18,7 +18,7 @@ from mffm.data.store import Store
 from mffm.distributed import Ranks
 from mffm.errors import InputError
 from mffm.fidelity import FidelityTable
-from mffm.keys import ENERGY, FORCES, Property
+from mffm.keys import ENERGY, FORCES, N_ELEMENTS, Property
 from mffm.loss import Loss
 from mffm.models.potential import Potential
 from mffm.release import Loaded, PotentialSpec, code_version, load, refit_references
@@ -38,6 +38,7 @@ class Setup:
     spec: PotentialSpec
     potential: Potential
     used: dict[tuple[int, Property], int]
+    dropped: list[str] = field(default_factory=list)  # tensors of the base's direct heads
     n_parameters: int = field(init=False)  # of the potential, which holds empty tensors once ZeRO 3 has sharded it
 
     def __post_init__(self) -> None:
@@ -71,6 +72,7 @@ def prepare(recipe: Recipe, saved: PotentialSpec | None = None) -> Setup:
     for other, path in ((base.spec if base else None, recipe.start_from), (saved, recipe.run_folder)):
         if other is not None:
             _require_same_backbone(recipe, other, str(path))
+            _require_same_d3(recipe, other, str(path))
     cutoff = recipe.model.backbone.cutoff
     pools = build_pools(store, recipe.data.plan, fidelities, cutoff)
     plan = Plan(pools, recipe.data.plan, recipe.seed)
@@ -96,9 +98,11 @@ def prepare(recipe: Recipe, saved: PotentialSpec | None = None) -> Setup:
         from mffm.models.escn import load_checkpoint
 
         load_checkpoint(potential.learned.backbone, recipe.model.backbone.weights)
+    dropped: list[str] = []
     if base is not None:
-        potential.load_weights(base.potential.state_dict(), base.fidelities.names, recipe.model.init_from)
-    return Setup(recipe, store, fidelities, plan, loss, spec, potential, used)
+        dropped = potential.load_weights(base.potential.state_dict(), base.fidelities.names, recipe.model.init_from)
+        spec.provenance["start_from"]["dropped"] = dropped
+    return Setup(recipe, store, fidelities, plan, loss, spec, potential, used, dropped)
 
 
 def _require_same_backbone(recipe: Recipe, other: PotentialSpec, path: str) -> None:
@@ -116,6 +120,23 @@ def _require_same_backbone(recipe: Recipe, other: PotentialSpec, path: str) -> N
         )
 
 
+def _require_same_d3(recipe: Recipe, other: PotentialSpec, path: str) -> None:
+    """Weights and references that learned the rest of DFT-D3 mean something with the same DFT-D3 alone.
+
+    Raises:
+        InputError: with the fidelity and both settings.
+    """
+    for name in recipe.fidelities:
+        source = recipe.model.init_from.get(name, name)
+        mine, theirs = recipe.model.d3.get(name), other.model.d3.get(source)
+        if source in other.fidelities and mine != theirs:
+            shown = [c.model_dump(mode="json") if c else "none" for c in (mine, theirs)]
+            raise InputError(
+                f"model.d3.{name} is {shown[0]}, but the weights in {path} were trained with {shown[1]} "
+                f"at {source!r}: set the same"
+            )
+
+
 def fit_references(
     recipe: Recipe, store: Store, fidelities: FidelityTable, rows: dict[str, np.ndarray], base: Loaded | None
 ) -> references.ElementReferences:
@@ -126,7 +147,7 @@ def fit_references(
     starts as its parent with refitted references, not thousands of eV off.
     """
     if base is None:
-        return references.fit(store, fidelities.names, rows, recipe.references)
+        return _without_d3(references.fit(store, fidelities.names, rows, recipe.references), recipe, store, rows)
     refitted = {}
     for name, parent in recipe.model.init_from.items():
         labelled = rows[name][store.has(name, ENERGY)[rows[name]]]
@@ -146,7 +167,47 @@ def fit_references(
             method="refitted",
             reason=f"fitted on the labels minus the predictions of {base.path} at {recipe.model.init_from[name]!r}",
         )
-    return result
+    return _without_d3(result, recipe, store, rows)
+
+
+def _without_d3(
+    fitted: references.ElementReferences, recipe: Recipe, store: Store, rows: dict[str, np.ndarray]
+) -> references.ElementReferences:
+    """Take off the references that were fitted on labels what the term for DFT-D3 adds to them.
+
+    Least squares of the dispersion energies per atom on composition, over frames of all pools: since it is linear, that
+    equals a fit on labels less DFT-D3 where the frames are the same. References that were given or kept are left alone.
+    """
+    if not recipe.model.d3:
+        return fitted
+    from mffm.models.d3 import dispersion
+
+    chosen = _some_of_each_element(store, np.unique(np.concatenate(list(rows.values()))))
+    composition = store.composition(chosen).astype(np.float64)
+    per_atom = 1 / composition.sum(1)
+    for name, config in recipe.model.d3.items():
+        entry = fitted.report[name]
+        if entry["method"] not in ("fit", "paired"):
+            continue
+        geometries = (store.geometry(int(row)) for row in chosen)
+        energies = np.array([dispersion(config, f"model.d3.{name}", *g).atom_energies.sum() for g in geometries])
+        fractions = composition * per_atom[:, None]
+        fitted.table[name] = fitted.table[name] - np.linalg.lstsq(fractions, energies * per_atom, rcond=None)[0]
+        entry["reason"] += f"; less a fit of DFT-D3 on the compositions of {len(chosen)} structures"
+    return fitted
+
+
+def _some_of_each_element(store: Store, rows: np.ndarray) -> np.ndarray:
+    """Return evenly spaced rows, and the first few with each element."""
+    chosen = [rows[:: max(len(rows) // STATISTICS_FRAMES, 1)]]
+    found = np.zeros(N_ELEMENTS + 1, np.int64)
+    for start in range(0, len(rows), 10_000):
+        part = rows[start : start + 10_000]
+        has = store.composition(part) > 0
+        few = has & (found + has.cumsum(0) <= 3)
+        chosen.append(part[few.any(1)])
+        found += has.sum(0)
+    return np.unique(np.concatenate(chosen))
 
 
 def _energy_rows(pools: list[Pool], fidelity: str) -> np.ndarray:

@@ -33,6 +33,7 @@ class Validator:
         used: set[tuple[int, Property]],
         table: torch.Tensor,
         ranks: distributed.Ranks,
+        predicts_stress: bool = True,
     ):
         self.fidelities, self.loss, self.table = fidelities, loss, table
         self.counts: dict[tuple[int, Property], float] = {}
@@ -46,6 +47,8 @@ class Validator:
                 live = store.has(name, prop)[rows]
                 n_atoms = store.n_atoms[rows][live].sum()
                 n = {ENERGY: live.sum(), FORCES: 3 * n_atoms, STRESS: 9 * live.sum()}[prop]
+                if prop == STRESS and not predicts_stress:
+                    continue
                 self.has_stress |= prop == STRESS and n > 0
                 if n and (f, prop) in used:
                     self.counts[f, prop] = float(n)

@@ -49,3 +49,38 @@ def test_matrix_optimisers_are_refused_where_weights_are_sharded(kind: str):
 def test_key_of_another_optimiser_is_refused(section: dict, message: str):
     with pytest.raises(InputError, match=message):
         validate(OptimConfig, section, "test")
+
+
+@pytest.mark.parametrize(
+    ("pools", "model", "loss", "reason"),
+    [
+        ({"a": ["energy"]}, {}, {}, "a head for forces, but nothing trains it"),
+        ({"a": ["energy", "forces"]}, {}, {"forces": {"weight": 0}}, r"and loss\.forces a weight"),
+        (
+            {"a": ["energy", "forces"], "b": ["energy"]},
+            {"heads": {"kind": "independent"}},
+            {},
+            "a head for forces of each fidelity, but nothing trains it at 'b'",
+        ),
+        ({"a": ["energy", "forces"]}, {"direct": {"stress": True}}, {}, "a head for stress, but nothing trains it"),
+        ({"a": ["energy", "forces", "stress"]}, {}, {}, r"set model\.direct\.stress: true, or take"),
+        ({"a": ["energy", "forces"], "b": ["energy"]}, {}, {}, None),
+        ({"a": ["energy", "forces", "stress"]}, {"direct": {"stress": True}}, {}, None),
+    ],
+)
+def test_direct_heads_need_labels(pools: dict, model: dict, loss: dict, reason: str | None):
+    content = {
+        "name": "test",
+        "data": {
+            "store": "store",
+            "plan": {"pools": [{"fidelity": f, "properties": p} for f, p in pools.items()], "edge_budget": 10},
+        },
+        "model": {"forces": "direct", **model},
+        "loss": loss,
+        "train": {"steps": 1},
+    }
+    if reason is None:
+        validate(Recipe, content, "test")
+        return
+    with pytest.raises(InputError, match=reason):
+        validate(Recipe, content, "test")

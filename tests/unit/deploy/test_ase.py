@@ -7,12 +7,15 @@ import numpy as np
 import pytest
 from ase import Atoms
 from ase.build import bulk, molecule
+from ase.units import Bohr
+from dftd3.ase import DFTD3
 
 from mffm.batch import reference_energy
 from mffm.data.loader import evaluation_batches
 from mffm.data.store import Store
 from mffm.deploy.ase import Calculator
 from mffm.errors import InputError
+from mffm.models.d3 import WIDTH
 from mffm.release import load
 
 
@@ -52,6 +55,28 @@ def test_forces_and_stress_are_derivatives(tiny_release: Path):
         strained.append(other.get_potential_energy())
     expected = (strained[0] - strained[1]) / 2e-4 / atoms.get_volume()
     assert stress[0] + stress[3] == pytest.approx(expected, abs=1e-6)
+
+
+def test_dispersion_can_be_added(tiny_release: Path):
+    crystal = bulk("C", "diamond", 3.6, cubic=True)
+    crystal.rattle(0.05, seed=3)
+    for atoms in (crystal, molecule("CH3CH2OH")):
+        plain, both, alone = (
+            Calculator(tiny_release, fidelity="gfn2", dtype="float64"),
+            Calculator(tiny_release, fidelity="gfn2", dtype="float64", d3={"functional": "pbe", "cutoff": 20.0}),
+            DFTD3(
+                damping="d3bj",
+                params_tweaks={"method": "pbe", "atm": False},
+                realspace_cutoff={"disp2": 20.0, "disp3": 20.0, "width2": WIDTH * Bohr, "width3": WIDTH * Bohr},
+            ),
+        )
+        properties = ["energy", "forces", *(["stress"] if atoms.pbc.all() else [])]
+        for name in properties:
+            a, b, c = (np.asarray(calculator.get_property(name, atoms)) for calculator in (plain, both, alone))
+            assert np.abs(c).max() > 1e-4
+            np.testing.assert_allclose(b - a, c, atol=1e-8)
+    with pytest.raises(InputError, match="functional: required"):
+        Calculator(tiny_release, fidelity="gfn2", d3={"damping": "bj"})
 
 
 def test_fidelities_differ_and_none_is_the_default(tiny_release: Path):

@@ -110,6 +110,7 @@ def build_batch(
         system_idx=tensor(np.repeat(np.arange(len(systems)), sizes), torch.int64),
         fidelity_idx=tensor(zero if fidelity_idx is None else np.array(fidelity_idx), torch.int64),
         n_atoms=tensor(sizes, torch.int64),
+        pbc=tensor(np.array([[c is not None] * 3 for _, _, c in systems]), torch.bool),
         volume=tensor(np.abs(np.linalg.det(cells)), dtype),
         charge=tensor(zero, torch.int64),
         spin_multiplicity=tensor(zero, torch.int64),

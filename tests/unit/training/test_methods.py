@@ -6,8 +6,10 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
+from ase.calculators.calculator import PropertyNotImplementedError
 
 LF = {"fidelity": "gfn2", "properties": ["energy", "forces"]}
 HF = {"fidelity": "pbe", "properties": ["energy", "forces"], "max_frames": 20}
@@ -24,7 +26,10 @@ METHODS = {
 }
 TRAINING = {"activation_checkpointing": {"activation_checkpointing": True}, "bfloat16": {"precision": "bfloat16"}}
 METHODS |= dict.fromkeys([*TRAINING, "escn"], METHODS["sevennet_mf"])
+METHODS |= dict.fromkeys(["direct", "conservative_after_direct"], METHODS["idle"])
+METHODS["d3"] = METHODS["idle"]
 ESCN = {"kind": "escn", "cutoff": 4.0, "sphere_channels": 8, "hidden_channels": 8, "edge_channels": 8, "n_radial": 8}
+D3 = {"pbe": {"functional": "pbe"}}
 RUN_ALL = """
 import sys
 from mffm.config.base import load
@@ -50,6 +55,12 @@ def runs(
         recipe["model"] = {**recipe["model"], "conditioning": {"kind": conditioning}, "heads": heads}
         if name == "escn":
             recipe["model"]["backbone"] = ESCN
+        if name == "d3":
+            recipe["model"]["d3"] = D3
+        if name == "direct":
+            recipe["model"]["forces"] = "direct"
+        if name == "conservative_after_direct":
+            recipe["start_from"] = str(folder / "direct")
         recipe["loss"] = loss
         recipe["references"] = {"anchor": pools[0]["fidelity"]} if "energy" in pools[0]["properties"] else {}
         recipe["train"] = {"steps": 10, "validate_every": 5, "save_every": 10, "log_every": 1, "threads": 1}
@@ -82,6 +93,65 @@ def test_activation_checkpointing_trains_alike_and_bfloat16_nearly(runs: dict[st
     assert losses("activation_checkpointing") == pytest.approx(losses("sevennet_mf"), rel=1e-4)
     assert losses("bfloat16") == pytest.approx(losses("sevennet_mf"), rel=0.05)
     assert losses("bfloat16") != pytest.approx(losses("sevennet_mf"), rel=1e-5)
+
+
+def test_direct_forces_then_conservative_ones(runs: dict[str, Path], tmp_path: Path):
+    """Everything that a user sees of the first says "not conservative"; the second keeps weights and references."""
+    from ase.build import molecule
+
+    from mffm.deploy.ase import Calculator
+    from mffm.release import load, save
+
+    first, second = load(runs["direct"]), load(runs["conservative_after_direct"])
+    assert not first.potential.is_conservative
+    assert second.potential.is_conservative
+    dropped = second.spec.provenance["start_from"]["dropped"]
+    assert set(dropped) == set(first.potential.state_dict()) - set(second.potential.state_dict())
+    assert second.spec.references.to_dict()["references"] == first.spec.references.to_dict()["references"]
+    assert "val/gfn2/forces_mae" in next(r for r in rows(runs["direct"]) if "val/loss" in r)
+    at_start = [next(r["train/loss"] for r in rows(runs[n]) if "train/loss" in r) for n in ("idle", second.path.name)]
+    assert at_start[1] < at_start[0]
+    assert "Not conservative" in (save(runs["direct"], tmp_path / "a") / "README.md").read_text()
+    assert "conservative" not in (save(second.path, tmp_path / "b") / "README.md").read_text()
+    with pytest.warns(UserWarning, match="not conservative: forces and stress come from direct heads"):
+        calculator = Calculator(tmp_path / "a", fidelity="gfn2")
+    assert not calculator.is_conservative
+    atoms = molecule("CH4", cell=[9, 9, 9], pbc=True, calculator=calculator)
+    atoms.rattle(0.1)
+    assert abs(atoms.get_forces()).max() > 0
+    with pytest.raises(PropertyNotImplementedError):
+        atoms.get_stress()
+
+
+def test_references_are_fitted_with_dispersion_taken_off(runs: dict[str, Path], molecule_store: Path, tmp_path: Path):
+    """As if they were fitted on labels less DFT-D3; another DFT-D3 on these weights is refused; the card names it."""
+    from mffm.config.base import load as load_recipe
+    from mffm.config.model import D3Config
+    from mffm.config.recipe import Recipe
+    from mffm.data.store import Store
+    from mffm.errors import InputError
+    from mffm.models.d3 import dispersion
+    from mffm.release import load, save
+    from mffm.training.setup import prepare
+
+    store, plain, with_d3 = Store(molecule_store), load(runs["idle"]), load(runs["d3"])
+    rows = store.rows(split="train", fidelity="gfn2")
+    composition = store.composition(rows)
+    d3 = [dispersion(D3Config(functional="pbe"), "", *store.geometry(int(r))).atom_energies.sum() for r in rows]
+    a, b = (
+        np.nan_to_num(x.spec.references.array(["gfn2", "pbe"])) @ composition.T.astype(float) for x in (plain, with_d3)
+    )
+    assert np.allclose(a[0], b[0])
+    mean = np.mean(np.array(d3) / composition.sum(1))
+    assert mean < -5e-3
+    fractions = composition / composition.sum(1, keepdims=True)
+    residual = (a[1] - b[1] - d3) / composition.sum(1)
+    assert np.abs(fractions.T @ residual).max() < 1e-8 * len(rows)  # the optimum of least squares
+    assert "less a fit of DFT-D3" in (runs["d3"] / "references.md").read_text()
+    assert "DFT-D3(bj) of pbe is a part of pbe" in (save(runs["d3"], tmp_path / "a") / "README.md").read_text()
+    recipe = load_recipe(Recipe, runs["d3"] / "recipe.yaml", ["model.d3={}", f"start_from={runs['d3']}"])
+    with pytest.raises(InputError, match=r"model\.d3\.pbe is none, but the weights in .* were trained with"):
+        prepare(recipe)
 
 
 def test_only_the_recipes_labels_are_used(runs: dict[str, Path]):
