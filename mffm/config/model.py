@@ -1,16 +1,28 @@
 """Schema of the potential: backbone, conditioning, heads."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
 from mffm.config.base import Schema
 
 
+# Named sizes of the density backbone; docs/backbone.md says what each costs.
+SIZES: dict[str, dict[str, int]] = {
+    "S": {"channels": 96, "edge_channels": 32, "lmax": 2, "l_message": 1, "layers": 2},
+    "M": {"channels": 256, "edge_channels": 48, "lmax": 3, "l_message": 1, "layers": 3},
+    "L": {"channels": 384, "edge_channels": 64, "lmax": 3, "l_message": 2, "layers": 4},
+    "XL": {"channels": 576, "edge_channels": 96, "lmax": 4, "l_message": 2, "layers": 4},
+}
+
+
 class DensityConfig(Schema):
     """The native density backbone."""
 
     kind: Literal["density"] = "density"
+    size: Literal["S", "M", "L", "XL"] | None = Field(
+        None, description="named size: values of channels, edge_channels, lmax, l_message and layers not given here"
+    )
     cutoff: float = Field(5.0, gt=0, description="Å")
     lmax: int = Field(2, ge=0, le=4, description="highest degree of the spherical harmonics of an edge")
     l_message: int = Field(1, ge=0, le=3, description="highest degree of the features that a sender sends")
@@ -22,13 +34,20 @@ class DensityConfig(Schema):
     n_radial: int = Field(8, ge=2, description="Bessel functions")
     radial_hidden: int = Field(64, ge=1, description="width of the radial trunk shared by all layers")
     body_order: int = Field(
-        3, ge=2, le=4, description="2: density; 3: its square; 4: its cube; on atoms, channel by channel"
+        4, ge=2, le=4, description="2: density; 3: its square; 4: its cube; on atoms, channel by channel"
     )
     ff_expansion: int = Field(2, ge=1, le=8)
     envelope_power: int = Field(6, ge=3, description="p of the polynomial envelope")
     charge_and_spin: bool = Field(
         False, description="total charge (-20 to 20 e) and spin multiplicity (to 20) of a system as inputs of its atoms"
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _named_size(cls, values: Any) -> Any:
+        if isinstance(values, dict) and isinstance(values.get("size"), str):
+            return {**SIZES.get(values["size"], {}), **values}
+        return values
 
     @model_validator(mode="after")
     def _checks(self) -> "DensityConfig":
