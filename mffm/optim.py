@@ -2,7 +2,6 @@
 
 adamw  every parameter on its own.
 soap   matrices in the eigenbasis of their gradients' second moments (``Soap``), the rest by AdamW.
-muon   matrices by an orthogonalised momentum (``Muon``), the rest by AdamW.
 """
 
 import math
@@ -16,7 +15,7 @@ from mffm.config.recipe import OptimConfig
 
 DAMPING = 1e-3  # of the largest eigenvalue, added to all; a float32's rounding is 1e-7 of it
 FIRST_TURNS = 10  # of the bases at the first step
-BETAS = {"adamw": (0.9, 0.999), "soap": (0.95, 0.95), "muon": (0.9, 0.999)}  # where the recipe gives none
+BETAS = {"adamw": (0.9, 0.999), "soap": (0.95, 0.95)}  # where the recipe gives none
 
 
 def make_optimizer(module: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
@@ -36,11 +35,8 @@ def make_optimizer(module: nn.Module, config: OptimConfig) -> torch.optim.Optimi
     parts: list[torch.optim.Optimizer] = []
     if matrices:
         own = [p for name, p in named if name in matrices]
-        if config.kind == "soap":
-            every, largest = config.precondition_every, config.max_precondition_dim
-            parts.append(Soap(own, config.lr, betas, config.eps, config.weight_decay, every, largest))
-        else:
-            parts.append(Muon(own, config.lr, config.momentum, config.weight_decay))
+        every, largest = config.precondition_every, config.max_precondition_dim
+        parts.append(Soap(own, config.lr, betas, config.eps, config.weight_decay, every, largest))
     if groups:
         parts.append(torch.optim.AdamW(groups, lr=config.lr, betas=betas, eps=config.eps, foreach=True))
     return parts[0] if len(parts) == 1 else Together(parts)
@@ -58,7 +54,7 @@ def decays(name: str, parameter: Tensor) -> bool:
 
 
 def by_matrix(module: nn.Module, config: OptimConfig) -> set[str]:
-    """Return the names of the parameters that soap and muon take as matrices: linear maps, or stacks of them.
+    """Return the names of the parameters that soap takes as matrices: linear maps, or stacks of them.
 
     Not embeddings, whose rows are apart: a batch has few of the elements. Not a map to or from one number: a vector.
     """
@@ -74,12 +70,10 @@ def by_matrix(module: nn.Module, config: OptimConfig) -> set[str]:
 
 def state_shapes(module: nn.Module, config: OptimConfig) -> dict[str, tuple[int, ...]]:
     """Return the shapes of the optimiser's whole state but for the number of steps, as <key>/<parameter>."""
-    matrices, shapes = by_matrix(module, config), {}
+    matrices = by_matrix(module, config)
+    shapes: dict[str, tuple[int, ...]] = {}
     for name, p in module.named_parameters():
         shape = tuple(p.shape)
-        if name in matrices and config.kind == "muon":
-            shapes[f"momentum_buffer/{name}"] = shape
-            continue
         shapes |= {f"{key}/{name}": shape for key in ("exp_avg", "exp_avg_sq")}
         for side, size in zip(("rows", "columns"), shape[-2:] if name in matrices else (), strict=False):
             if size <= config.max_precondition_dim:
@@ -277,52 +271,6 @@ class Soap(torch.optim.Optimizer):
                 self.state[p].setdefault("step", torch.tensor(0.0))
         self._views = [(p, self.state[p]["exp_avg"]) for stack in self._stacks for p in stack.parameters]
         self._ways = [way for stack in self._stacks for way in stack.parts(stack.gradient)]
-
-
-class Muon(torch.optim.Optimizer):
-    """Muon (Jordan et al. 2024): the momentum of a matrix, its singular values made about equal.
-
-    As ``torch.optim.Muon`` with ``adjust_lr_fn="match_rms_adamw"`` (Liu et al. 2025: updates of AdamW's size, so that
-    one learning rate serves both), but in float32, weights of one shape at once, and stacks of matrices too. torch's
-    works in bfloat16, where rounding between 1 and 2 ranks became 1e-2 of the way that weights went in 5 steps.
-    """
-
-    def __init__(self, parameters: Iterable[nn.Parameter], lr: float, momentum: float, weight_decay: float):
-        super().__init__(parameters, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
-
-    @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # type: ignore[override]
-        for group in self.param_groups:
-            shapes: dict[torch.Size, list[nn.Parameter]] = {}
-            for p in group["params"]:
-                shapes.setdefault(p.shape, []).append(p)
-            for shape, parameters in shapes.items():
-                gradients = torch.stack([torch.zeros_like(p) if p.grad is None else p.grad for p in parameters])
-                for p, gradient in zip(parameters, gradients, strict=True):
-                    state = self.state[p]
-                    if "momentum_buffer" not in state:
-                        state["momentum_buffer"] = torch.zeros_like(p)
-                    state["momentum_buffer"].lerp_(gradient, 1 - group["momentum"])
-                buffers = torch.stack([self.state[p]["momentum_buffer"] for p in parameters])
-                update = orthogonalised(gradients.lerp(buffers, group["momentum"]))  # Nesterov's
-                size = 0.2 * math.sqrt(max(shape[-2:]))
-                weights: list[Tensor] = [*parameters]
-                torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
-                torch._foreach_add_(weights, list(update), alpha=-group["lr"] * size)
-
-
-def orthogonalised(matrices: Tensor) -> Tensor:
-    """Return matrices [..., m, n] with singular values near 1 (0.7 to 1.2), by five steps of a Newton–Schulz iteration.
-
-    The coefficients are those of Jordan et al. for few steps.
-    """
-    wide = matrices.shape[-2] <= matrices.shape[-1]
-    x = (matrices if wide else matrices.mT).reshape(-1, *sorted(matrices.shape[-2:]))
-    x = x / torch.linalg.matrix_norm(x).clamp(min=1e-7)[:, None, None]
-    for _ in range(5):
-        gram = torch.bmm(x, x.mT)
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
-    return (x if wide else x.mT).reshape(matrices.shape)
 
 
 class MovingAverage:

@@ -6,7 +6,6 @@ from pydantic import Discriminator, Field, Tag, model_validator
 
 from mffm.config.base import Schema
 
-
 # Named sizes of the density backbone; docs/backbone.md says what each costs.
 SIZES: dict[str, dict[str, int]] = {
     "S": {"channels": 96, "edge_channels": 32, "lmax": 2, "l_message": 1, "layers": 2},

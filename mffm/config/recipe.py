@@ -113,10 +113,10 @@ class LossConfig(Schema):
 class OptimConfig(Schema):
     """The optimiser, with warm-up and a cosine."""
 
-    kind: Literal["adamw", "soap", "muon"] = Field(
+    kind: Literal["adamw", "soap"] = Field(
         "adamw",
-        description="soap: matrices in the eigenbasis of their gradients' second moments; muon: by an orthogonalised "
-        "momentum; both with AdamW for all else, and at deepspeed.zero_stage 0 only",
+        description="soap: matrices in the eigenbasis of their gradients' second moments, AdamW for all else; at "
+        "deepspeed.zero_stage 0 only",
     )
     lr: float = Field(2e-3, gt=0)
     final_lr_fraction: float = Field(0.01, ge=0, le=1)
@@ -132,15 +132,13 @@ class OptimConfig(Schema):
     max_precondition_dim: int = Field(
         1024, ge=1, description="soap: a longer side of a matrix has no basis of its own; its cost grows as the cube"
     )
-    momentum: float = Field(0.95, ge=0, lt=1, description="muon: of its matrices")
 
     @model_validator(mode="after")
     def _checks(self) -> "OptimConfig":
-        own = {"precondition_every": "soap", "max_precondition_dim": "soap", "momentum": "muon"}
-        for key, kind in own.items():
+        for key in ("precondition_every", "max_precondition_dim"):
             value = getattr(self, key)
-            if kind != self.kind and value != type(self).model_fields[key].default:
-                raise ValueError(f"{key}: {value} is of kind: {kind}, and kind is {self.kind}; leave it out")
+            if self.kind != "soap" and value != type(self).model_fields[key].default:
+                raise ValueError(f"{key}: {value} is of kind: soap, and kind is {self.kind}; leave it out")
         return self
 
 

@@ -1,6 +1,6 @@
 """Does the engine on these ranks learn what one process learns? ZeRO stages × models × ways to deal out a batch.
 
-    torchrun --nproc-per-node 2 -m mffm.selftest.parity STORE OUT.json [--stages 0,1,2,3] [--optimizers soap,muon]
+    torchrun --nproc-per-node 2 -m mffm.selftest.parity STORE OUT.json [--stages 0,1,2,3] [--optimizers soap]
 
 Every combination does 5 steps through the DeepSpeed engine with the product's own ``train_step`` and is compared with
 plain torch in this process: the same module, the whole global batch at once, the same optimiser, clipping and lr.

@@ -15,7 +15,6 @@ from mffm.optim import (
     by_matrix,
     learning_rate,
     make_optimizer,
-    orthogonalised,
     state_shapes,
 )
 
@@ -111,40 +110,10 @@ def test_soap_follows_the_paper_matrix_by_matrix():
             torch.testing.assert_close(p[row], wanted, rtol=0, atol=1e-9, msg=lambda m, name=name: f"{name}: {m}")
 
 
-def test_muon_is_torchs_but_for_bfloat16():
-    potential, other = small("shared"), small("shared")
-    config = OptimConfig(kind="muon", lr=0.01, weight_decay=0.1)
-    names = by_matrix(potential, config)
-    theirs = torch.optim.Muon(
-        [p for name, p in other.named_parameters() if name in names],
-        lr=0.01, weight_decay=0.1, momentum=0.95, adjust_lr_fn="match_rms_adamw",
-    )  # fmt: skip
-    before = {name: p.detach().clone() for name, p in potential.named_parameters()}
-    steps(potential, make_optimizer(potential, config), 0, 4)
-    steps(other, theirs, 0, 4)
-    assert len(names) > 10
-    for (name, p), (_, q) in zip(potential.named_parameters(), other.named_parameters(), strict=True):
-        if name in names:
-            assert (p - q).norm() < 0.03 * (p - before[name]).norm(), name
-
-
-def test_every_fidelitys_matrix_is_orthogonalised_on_its_own():
-    stack = (
-        torch.randn(2, 3, 6, 4, generator=torch.Generator().manual_seed(0))
-        * torch.tensor([1e-3, 1, 1e3])[:, None, None]
-    )
-    values = torch.linalg.svdvals(orthogonalised(stack))
-    assert values.min() > 0.6
-    assert values.max() < 1.3
-    for i in range(2):
-        torch.testing.assert_close(orthogonalised(stack)[i, 1], orthogonalised(stack[i, 1]))
-    assert (orthogonalised(torch.zeros(2, 3, 3)) == 0).all()
-
-
 SOAP = {"kind": "soap", "precondition_every": 2}
 
 
-@pytest.mark.parametrize("section", [{}, {"kind": "muon"}, SOAP, {**SOAP, "max_precondition_dim": 7}])
+@pytest.mark.parametrize("section", [{}, SOAP, {**SOAP, "max_precondition_dim": 7}])
 def test_state_is_what_is_declared_and_goes_on_bit_for_bit(section: dict):
     config = OptimConfig(**section)
     whole, other = small(), small()

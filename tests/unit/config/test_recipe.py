@@ -24,17 +24,16 @@ def test_offloading_that_it_does():
         validate(DeepSpeedSection, {"zero_stage": stage, "offload": offload}, "test")
 
 
-@pytest.mark.parametrize("kind", ["soap", "muon"])
-def test_matrix_optimisers_are_refused_where_weights_are_sharded(kind: str):
+def test_soap_is_refused_where_weights_are_sharded():
     recipe = {
         "name": "x",
         "data": {"store": "s", "plan": {"pools": [{"fidelity": "a"}], "edge_budget": 1}},
         "train": {"steps": 1},
-        "optim": {"kind": kind},
+        "optim": {"kind": "soap"},
     }
     validate(Recipe, recipe, "test")
     for stage in (1, 2, 3):
-        with pytest.raises(InputError, match=rf"optim.kind: {kind} needs deepspeed.zero_stage: 0 \(now {stage}\)"):
+        with pytest.raises(InputError, match=rf"optim.kind: soap needs deepspeed.zero_stage: 0 \(now {stage}\)"):
             validate(Recipe, {**recipe, "deepspeed": {"zero_stage": stage}}, "test")
 
 
@@ -42,8 +41,7 @@ def test_matrix_optimisers_are_refused_where_weights_are_sharded(kind: str):
     ("section", "message"),
     [
         ({"precondition_every": 5}, "precondition_every: 5 is of kind: soap"),
-        ({"kind": "muon", "max_precondition_dim": 64}, "max_precondition_dim: 64 is of kind: soap"),
-        ({"kind": "soap", "momentum": 0.9}, "momentum: 0.9 is of kind: muon"),
+        ({"max_precondition_dim": 64}, "max_precondition_dim: 64 is of kind: soap"),
     ],
 )
 def test_key_of_another_optimiser_is_refused(section: dict, message: str):

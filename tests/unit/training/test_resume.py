@@ -82,12 +82,11 @@ def test_kill_and_resume_is_bit_identical(uninterrupted: Path, make_recipe: Call
         assert all((mine[k] == whole[k]).all() for k in whole)
 
 
-@pytest.mark.parametrize("kind", ["soap", "muon"])
-def test_matrix_optimisers_go_on_bit_for_bit(kind: str, make_recipe: Callable[..., Path], tmp_path: Path):
+def test_soap_goes_on_bit_for_bit(make_recipe: Callable[..., Path], tmp_path: Path):
     """In this process; what a kill leaves is what the checkpoint of step 10 was."""
-    run = tmp_path / kind
-    optim = {"kind": kind, **({"precondition_every": 3} if kind == "soap" else {})}
-    train(load(Recipe, make_recipe(kind, run=str(run), train=TRAIN, optim=optim)))
+    run = tmp_path / "soap"
+    optim = {"kind": "soap", "precondition_every": 3}
+    train(load(Recipe, make_recipe("soap", run=str(run), train=TRAIN, optim=optim)))
     expected = bytes_of(run)
     assert expected["model.safetensors"] != bytes_of(run, 10)["model.safetensors"]
     checks = {c["name"]: c["numbers"] for c in json.loads((run / "preflight.json").read_text())["checks"]}
@@ -98,7 +97,7 @@ def test_matrix_optimisers_go_on_bit_for_bit(kind: str, make_recipe: Callable[..
     resume(run)
     assert bytes_of(run) == expected
     recipe = run / "recipe.yaml"
-    recipe.write_text(recipe.read_text().replace(f"kind: {kind}", "kind: adamw").replace("every: 3", "every: 10"))
+    recipe.write_text(recipe.read_text().replace("kind: soap", "kind: adamw").replace("every: 3", "every: 10"))
     with pytest.raises(InputError, match=r"its optimiser state is not of this recipe's optim\.kind: adamw"):
         resume(run)
 
