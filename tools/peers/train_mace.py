@@ -31,7 +31,7 @@ def main() -> None:
 
     def copy(path: Path) -> None:
         with held["ema"].average_parameters():
-            torch.save(held["model"], path.with_suffix(".model"))
+            torch.save(held["model"], f"{path}.model")
 
     clock = Clock(job, copy)
     whole, take_step, save = run_train.tools.train, train.take_step, checkpoint.CheckpointIO.save

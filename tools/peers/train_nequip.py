@@ -25,7 +25,7 @@ class Timer(Callback):
         self.clock = Clock(json.loads(Path(job).read_text()), self._copy)
 
     def _copy(self, path: Path) -> None:
-        self.trainer.save_checkpoint(path.with_suffix(".ckpt"))
+        self.trainer.save_checkpoint(f"{path}.ckpt")
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         self.trainer = trainer

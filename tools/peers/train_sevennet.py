@@ -46,7 +46,7 @@ def main() -> None:
     epochs, write = processing_epoch.processing_epoch_v2, Trainer.write_checkpoint
 
     def copy(path: Path) -> None:
-        write(held["trainer"], str(path.with_suffix(".pth")), config=held["config"], epoch=0)
+        write(held["trainer"], f"{path}.pth", config=held["config"], epoch=0)
 
     clock = Clock(job, copy)
 
