@@ -6,10 +6,10 @@
 Shipped crystals, cutoff 5 Å, energy + forces + stress, float32, eager, one thread, the same allocator setting for all.
 Every model is a process of its own, in its package's environment, and waits for its turn: one inference and one
 conservative training step (double backward, no optimiser) each a round. Times are CPU times, the median over the
-rounds; ratios are of a round's. Memory is the growth of the peak resident size in the first training step, behind an
-inference. eSCN-MD is fairchem's own code behind this package's edges and heads; SevenNet's models are its released
-ones; MACE and NequIP have fresh weights. cuEquivariance and OpenEquivariance (MACE, SevenNet, NequIP) and FlashTP
-(SevenNet) are for GPUs and take no part.
+rounds; ratios are of a round's. Memory is the peak of the resident size in a training step above its start.
+eSCN-MD is fairchem's own code behind this package's edges and heads; SevenNet's models are its released ones; MACE and
+NequIP have fresh weights. cuEquivariance and OpenEquivariance (MACE, SevenNet, NequIP) and FlashTP (SevenNet) are for
+GPUs and take no part.
 """
 
 import argparse

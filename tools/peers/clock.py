@@ -9,6 +9,7 @@ import ctypes
 import json
 import os
 import platform
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -19,13 +20,15 @@ import torch
 
 
 def prepare() -> None:
-    """Take one thread, and keep freed memory in the process as mffm does (mffm.distributed.tune_allocator)."""
+    """Take one thread, keep freed memory as mffm does (mffm.distributed.tune_allocator), end with the parent."""
     torch.set_num_threads(1)
     if platform.system() == "Linux" and platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL("libc.so.6")
         m_trim_threshold, m_mmap_threshold = -1, -3
         libc.mallopt(m_mmap_threshold, 1 << 30)
         libc.mallopt(m_trim_threshold, 2**31 - 1)
+        pr_set_pdeathsig = 1
+        libc.prctl(pr_set_pdeathsig, signal.SIGTERM)
 
 
 def read_job() -> dict[str, Any]:
@@ -40,14 +43,16 @@ class Clock:
     """Counts steps and their CPU seconds over several sittings, copies the model at marks, ends the process.
 
     Args:
-        job: ``folder``; ``marks``, CPU minutes, the last is the end; ``probe``, or None: a pair of steps between which
-            the mean time of a step is measured, for the file probe.json; the process ends at the second.
+        job: ``folder``; ``marks``, CPU minutes, the last is the end; ``slack``, by which factor a schedule may outlast
+            it to come to its own end; ``probe``, or None: a pair of steps between which the mean time of a step is
+            measured, for the file probe.json; the process ends at the second.
         copy: called with (path without suffix) to write the model as it would be released.
     """
 
     def __init__(self, job: dict[str, Any], copy: Callable[[Path], None]):
         self.folder = Path(job["folder"])
         self.marks = [60.0 * m for m in job["marks"]]
+        self.marks[-1] *= job["slack"]
         self.names = [f"{m:g}" for m in job["marks"]]
         self.probe: list[int] | None = job.get("probe")
         self.copy = copy

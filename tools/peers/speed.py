@@ -4,12 +4,12 @@
 
 KIND: mffm, mace, sevennet or nequip; OPTIONS: JSON; FRAMES: extxyz (for mffm: a store and row numbers, JSON). It
 answers with a line of JSON: first what it is, then for each line read, ``infer``, ``train`` or ``peak`` (a training
-step), the CPU seconds or the growth of the peak resident size, KiB. A training step is energy, forces and stress, and
-the gradient of a sum of their mean squares; no optimiser. float32, one thread, cutoff 5 Å.
+step), the CPU seconds or the peak of the resident size above its start, KiB. A training step is energy, forces and
+stress, and the gradient of a sum of their mean squares; no optimiser. float32, one thread, cutoff 5 Å.
 """
 
+import ctypes
 import json
-import resource
 import sys
 import time
 from collections.abc import Callable
@@ -133,6 +133,15 @@ def nequip(options: dict[str, Any], frames: str) -> tuple[torch.nn.Module, Step,
     return model, step, {"n_edges": batch["edge_index"].shape[1], "n_atoms": len(batch["pos"]), "layers": layers}
 
 
+def resident(what: str, reset: bool = False) -> int:
+    """Return VmRSS, the resident size, or VmHWM, its peak, in KiB; ``reset``: give back free memory and begin anew."""
+    if reset:
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(what))
+
+
 def main() -> None:
     answers, sys.stdout = sys.stdout, sys.stderr  # what packages print is no answer
     prepare()
@@ -145,7 +154,7 @@ def main() -> None:
     for line in sys.stdin:
         training = line.strip() != "infer"
         model.train(training)
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        before = resident("VmRSS", reset=True) if line.strip() == "peak" else 0
         started = time.process_time()
         if training:
             model.zero_grad(set_to_none=True)
@@ -153,7 +162,7 @@ def main() -> None:
         else:
             step(False)
         seconds = time.process_time() - started
-        grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+        grown = resident("VmHWM") - before
         print(json.dumps(grown if line.strip() == "peak" else seconds), file=answers, flush=True)
 
 

@@ -37,12 +37,13 @@ def main() -> None:
 
     loop.MovingAverage, loop.checkpoint.save = Timed, saved
     if (run / "checkpoints" / "latest").exists():
-        loop.resume(run)
+        outcome = loop.resume(run)
     else:
         more = [f"seed={job['seed']}", f"run={run}", f"train.steps={job['steps'] or 10**6}"]
         changes = [*job["options"]["changes"], *more]
-        loop.train(load(Recipe, job["options"]["recipe"], changes))
-    clock.finish()
+        outcome = loop.train(load(Recipe, job["options"]["recipe"], changes))
+    if outcome.ended != "interrupted":
+        clock.finish()
 
 
 if __name__ == "__main__":

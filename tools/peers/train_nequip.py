@@ -23,9 +23,12 @@ class Timer(Callback):
 
     def __init__(self, job: str):
         self.clock = Clock(json.loads(Path(job).read_text()), self._copy)
+        self.copying = False  # a copy is no checkpoint to go on from
 
     def _copy(self, path: Path) -> None:
+        self.copying = True
         self.trainer.save_checkpoint(f"{path}.ckpt")
+        self.copying = False
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         self.trainer = trainer
@@ -36,7 +39,8 @@ class Timer(Callback):
         self.clock.tick()
 
     def on_save_checkpoint(self, *_: Any) -> None:
-        self.clock.saved()
+        if not self.copying:
+            self.clock.saved()
 
     def on_train_end(self, *_: Any) -> None:
         self.clock.finish()
