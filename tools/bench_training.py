@@ -10,9 +10,9 @@ on one thread, in float32, with the same allocator setting; a short probe says h
 that length (NequIP's has none: it is cut off). Counted is the CPU time from the first step on, validation and
 checkpoints included; imports, reading and statistics are not. At the marks (2, 5, 10, 20, 40, 60 minutes) the model
 that would be released (averaged weights where the recipe averages) is copied, and measured outside of the counted time:
-a line a point in docs/equal_time.jsonl. Points before the last are of a schedule that is not over: `run ... --minutes 20`
-gives a whole schedule's error; on acetylacetone they are measured on every third frame of the test trajectories, the
-last on all.
+a line a point in docs/equal_time.jsonl. Points before the last are of a schedule that is not over:
+`run ... --minutes 20` gives a whole schedule's error; on acetylacetone they are measured on every third frame of the
+test trajectories, the last on all.
 
 Peers get labels less the element references that mffm fits on the training frames: acetylacetone's -9391 eV would cost
 float32 half a meV. cuEquivariance, OpenEquivariance (MACE, SevenNet, NequIP) and FlashTP (SevenNet) need a GPU, where
