@@ -146,3 +146,18 @@ def test_the_clock_goes_on_and_copies_at_its_marks(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "at-0.002.json").read_text())["step"] == 3  # a schedule that ended early
     sit(30, probe=[5, 15])
     assert 0.009 < json.loads((tmp_path / "probe.json").read_text())["per_step_s"] < 0.03
+
+
+def test_a_peer_that_is_not_installed_is_refused_with_the_command(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    import bench_training
+    from peers import install
+
+    monkeypatch.setenv("MFFM_PEERS", str(tmp_path))
+    (tmp_path / "mace").mkdir()  # half made
+    with pytest.raises(SystemExit, match=r"mace is not installed in .*; python tools/peers/install.py mace"):
+        bench_training.run("acac", "mace", 1.0, 0, tmp_path / "log.jsonl")
+    (tmp_path / "mace" / "installed.txt").write_text("")
+    assert bench_training.interpreter("mace") == str(tmp_path / "mace" / "bin" / "python")
+    assert install.version("mace").startswith("mace-torch 0.")
