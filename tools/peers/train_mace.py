@@ -37,13 +37,13 @@ def main() -> None:
     whole, take_step, save = run_train.tools.train, train.take_step, checkpoint.CheckpointIO.save
 
     def timed(**arguments: Any) -> None:
-        held.update(model=arguments["model"], ema=arguments["ema"])
-        n = sum(p.numel() for p in arguments["model"].parameters())
-        clock.start(resumed=arguments["start_epoch"] > 0, n_parameters=n)
+        held.update(model=arguments["model"], ema=arguments["ema"], resumed=arguments["start_epoch"] > 0)
         whole(**{**arguments, "save_all_checkpoints": True})
         clock.finish()
 
     def stepped(**arguments: Any) -> Any:
+        if clock.zero is None:  # behind a validation of the untrained model
+            clock.start(held["resumed"], n_parameters=sum(p.numel() for p in held["model"].parameters()))
         done = take_step(**arguments)
         clock.tick()
         return done
