@@ -20,6 +20,7 @@ they would make those peers faster; none runs here.
 """
 
 import argparse
+import fcntl
 import json
 import os
 import platform
@@ -94,6 +95,14 @@ ENTRIES: dict[str, dict[str, tuple[str, int, dict[str, Any]]]] = {
 }
 
 
+def make_store(name: str) -> Path:
+    """Return the store of a set; one process at a time makes it."""
+    RUNS.mkdir(parents=True, exist_ok=True)
+    with (RUNS / "lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        return bake_off.make_store(name, CUTOFF)
+
+
 def export(dataset: str, folder: Path) -> dict[str, Any]:
     """Write the frames of a set as extxyz, less its element references; an info ``reference`` keeps those.
 
@@ -102,11 +111,11 @@ def export(dataset: str, folder: Path) -> dict[str, Any]:
     """
     found: dict[str, Any] = {"tests": {}}
     fidelity = SETS[dataset]["fidelity"]
-    store = Store(bake_off.make_store(dataset, CUTOFF))
+    store = Store(make_store(dataset))
     references = fit(store, [fidelity], {fidelity: store.rows(split="train", fidelity=fidelity)}, ReferencesConfig())
     table = references.array([fidelity])[0]
     wanted = [("train", store, "train"), ("val", store, "val")]
-    wanted += [(n, Store(bake_off.make_store(n, CUTOFF)), "test") for n in bake_off.TESTS[dataset]]
+    wanted += [(n, Store(make_store(n)), "test") for n in bake_off.TESTS[dataset]]
     folder.mkdir(parents=True, exist_ok=True)
     for name, opened, split in wanted:
         path = folder / f"{name}.xyz"
@@ -205,7 +214,7 @@ def run(dataset: str, entry: str, minutes: float, seed: int, log: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     if trainer == "mffm":
         recipe = bake_off.CONFIGS / f"{dataset}.yaml"
-        store = bake_off.make_store(dataset, CUTOFF)
+        store = make_store(dataset)
         options = {"recipe": str(recipe), "changes": [*options["changes"], f"data.store={store}", "train.keep=2"]}
     job = {
         "folder": str(folder), "marks": sorted({m for m in MARKS if m < minutes} | {minutes}), "seed": seed,

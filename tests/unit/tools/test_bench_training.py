@@ -38,6 +38,7 @@ def bench(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     ase.io.write(data / "all.xyz", frames, format="extxyz")
     monkeypatch.setenv("MFFM_DATA", str(tmp_path / "data"))
     monkeypatch.setattr(bake_off, "ROOT", tmp_path)
+    monkeypatch.setattr(bench_training, "RUNS", tmp_path / "runs")
     monkeypatch.setitem(bake_off.STORES["crystals"], "files", ["mattersim_pbe/all.xyz"])
     return bench_training
 
