@@ -122,3 +122,46 @@ def rank_curves(
     below.legend(frameon=False, fontsize=8, loc="lower right")
     figure.savefig(path)
     plt.close(figure)
+
+
+def errors_at_time(
+    path: Path, panels: Mapping[str, Mapping[str, Sequence[tuple[Sequence[float], Sequence[float]]]]]
+) -> None:
+    """Write one figure of errors against CPU minutes, both logarithmic, a panel for each y label.
+
+    An entry of a panel has one (minutes, errors) pair of sequences for every length of its schedule; a filled dot is
+    the end of a schedule.
+    """
+    from matplotlib.lines import Line2D
+    from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
+
+    plt = _pyplot()
+    columns = min(len(panels), 3)
+    rows = -(-len(panels) // columns)
+    size = (3.6 * columns, 3.1 * rows + 0.4)
+    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
+    names = list(dict.fromkeys(name for entries in panels.values() for name in entries))
+    styles: dict[str, tuple[str, Any]] = {
+        n: (COLORS[i % len(COLORS)], ("-", "--", ":")[i // len(COLORS) % 3]) for i, n in enumerate(names)
+    }
+    for axis, (ylabel, entries) in zip(axes.flat, panels.items(), strict=False):
+        for name, schedules in entries.items():
+            color, line = styles[name]
+            for minutes, errors in schedules:
+                axis.plot(minutes, errors, line, color=color, linewidth=1.4)
+                axis.plot(minutes[:-1], errors[:-1], "o", markersize=3, color=color, markerfacecolor="white")
+                axis.plot(minutes[-1:], errors[-1:], "o", markersize=4, color=color)
+        axis.set_xscale("log")
+        axis.set_yscale("log")
+        for scale, steps in ((axis.xaxis, (1, 2, 5)), (axis.yaxis, (1, 2, 3, 5, 7))):
+            scale.set_major_locator(LogLocator(subs=steps))
+            scale.set_major_formatter(ScalarFormatter())
+            scale.set_minor_formatter(NullFormatter())
+        axis.set_xlabel("CPU minutes, one thread")
+        axis.set_ylabel(ylabel)
+    for axis in axes.flat[len(panels) :]:
+        axis.set_visible(False)
+    handles = [Line2D([], [], color=styles[n][0], linestyle=styles[n][1], label=n) for n in names]
+    figure.legend(handles=handles, loc="outside upper center", ncols=min(len(names), 8) or 1, frameon=False, fontsize=8)
+    figure.savefig(path)
+    plt.close(figure)
