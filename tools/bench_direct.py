@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from bake_off import CONFIGS, ROOT, commit, errors, make_store, mffm, shown, steps_within
+from bake_off import CONFIGS, ROOT, commit, cpu_seconds, errors, make_store, mffm, shown, steps_within
 
 from mffm import distributed
 from mffm.config.base import load
@@ -110,13 +110,17 @@ def stage(folder: Path, changes: list[str], minutes: float) -> tuple[int, float]
         progress.write_text(json.dumps(state))
     run = folder / "run"
     if not state["done"]:
-        if (run / "checkpoints" / "latest").exists():
-            state["cpu_s"] += mffm("resume", str(run))
-        else:
-            recipe = str(CONFIGS / f"{DATASET}.yaml")
-            state["cpu_s"] += mffm("train", recipe, *changes, f"train.steps={state['steps']}", f"run={run}")
-        state["done"] = True
-        progress.write_text(json.dumps(state))
+        before = cpu_seconds()
+        try:
+            if (run / "checkpoints" / "latest").exists():
+                mffm("resume", str(run))
+            else:
+                recipe = str(CONFIGS / f"{DATASET}.yaml")
+                mffm("train", recipe, *changes, f"train.steps={state['steps']}", f"run={run}")
+            state["done"] = True
+        finally:  # an interrupted run is saved, and the next sitting goes on with it
+            state["cpu_s"] += cpu_seconds() - before
+            progress.write_text(json.dumps(state))
     return state["steps"], state["cpu_s"]
 
 
