@@ -4,7 +4,7 @@
     python tools/bake_off.py table acac > table.md
 
 Every variant gets the steps that fit into its CPU time (measured on its first steps), so that each runs its whole
-learning-rate schedule. Runs lie in runs/bake_off; one that was interrupted goes on; one that is in the log
+learning-rate schedule; with --steps, so many, and the CPU time is what it is. Runs lie in runs/bake_off; one that was interrupted goes on; one that is in the log
 (docs/bake_off.jsonl, a line a run) is not repeated. CPU time, not wall time: the machine is shared.
 """
 
@@ -133,8 +133,9 @@ def rows(dataset: str) -> list[dict[str, Any]]:
     return [r for r in map(json.loads, LOG.read_text().splitlines()) if r["dataset"] == dataset]
 
 
-def run_one(dataset: str, name: str, changes: list[str], minutes: float, seed: int) -> None:
-    folder = ROOT / "runs" / "bake_off" / f"{dataset}-{name}-{minutes:g}min-seed{seed}"
+def run_one(dataset: str, name: str, changes: list[str], minutes: float | None, steps: int | None, seed: int) -> None:
+    length = f"{minutes:g}min" if minutes else f"{steps}steps"
+    folder = ROOT / "runs" / "bake_off" / f"{dataset}-{name}-{length}-seed{seed}"
     variant = [*changes, f"seed={seed}", f"name={dataset}-{name}"]
     base = yaml.safe_load((CONFIGS / f"{dataset}.yaml").read_text())
     given = [c.split("=")[1] for c in changes if c.startswith("model.backbone.cutoff=")]
@@ -144,7 +145,7 @@ def run_one(dataset: str, name: str, changes: list[str], minutes: float, seed: i
     progress = folder / "progress.json"  # CPU time over all sittings
     state = json.loads(progress.read_text()) if progress.exists() else {"cpu_s": 0.0}
     if "steps" not in state:
-        state["steps"] = steps_within(dataset, variant, folder, minutes)
+        state["steps"] = steps or steps_within(dataset, variant, folder, minutes or 0.0)
         progress.write_text(json.dumps(state))
     run = folder / "run"
     if (run / "checkpoints" / "latest").exists():
@@ -185,19 +186,23 @@ def main() -> None:
     parser.add_argument("action", choices=["run", "table"])
     parser.add_argument("dataset", choices=sorted(TESTS))
     parser.add_argument("--variants", default="base", help="names in configs/bake_off/variants.yaml, or all")
-    parser.add_argument("--minutes", type=float, default=15.0, help="CPU minutes of each run")
+    length = parser.add_mutually_exclusive_group()
+    length.add_argument("--minutes", type=float, help="CPU minutes of each run")
+    length.add_argument("--steps", type=int, help="steps of each run")
     parser.add_argument("--seeds", default="0")
     args = parser.parse_args()
     if args.action == "table":
         table(args.dataset)
         return
+    if not (args.minutes or args.steps):
+        parser.error("give --minutes or --steps")
     variants = yaml.safe_load((CONFIGS / "variants.yaml").read_text())
     names = list(variants) if args.variants == "all" else args.variants.split(",")
     for seed in map(int, args.seeds.split(",")):
         for name in names:
-            done = {(r["variant"], r["minutes"], r["seed"]) for r in rows(args.dataset)}
-            if (name, args.minutes, seed) not in done:
-                run_one(args.dataset, name, variants[name], args.minutes, seed)
+            done = {(r["variant"], r["minutes"], r["minutes"] or r["steps"], r["seed"]) for r in rows(args.dataset)}
+            if (name, args.minutes, args.minutes or args.steps, seed) not in done:
+                run_one(args.dataset, name, variants[name], args.minutes, args.steps, seed)
 
 
 if __name__ == "__main__":
