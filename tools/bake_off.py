@@ -4,8 +4,9 @@
     python tools/bake_off.py table acac > table.md
 
 Every variant gets the steps that fit into its CPU time (measured on its first steps), so that each runs its whole
-learning-rate schedule; with --steps, so many, and the CPU time is what it is. Runs lie in runs/bake_off; one that was interrupted goes on; one that is in the log
-(docs/bake_off.jsonl, a line a run) is not repeated. CPU time, not wall time: the machine is shared.
+learning-rate schedule; with --steps, so many, and the CPU time is what it is. Runs lie in runs/bake_off; one that was
+interrupted goes on; one that is in the log (docs/bake_off.jsonl, a line a run) is not repeated. CPU time, not wall
+time: the machine is shared.
 """
 
 import argparse
