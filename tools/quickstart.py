@@ -36,7 +36,7 @@ SPLITS = {
     "ood": "8 molecules that no training set holds at any level",
 }
 PROPERTIES = {"energy": "meV/atom", "forces": "meV/Å"}
-PRETRAINED = {"fine_tune": 500}  # steps before the first of its own
+PRETRAINED = {"fine_tune": 300}  # steps before the first of its own
 console = Console(width=120)
 
 
