@@ -21,7 +21,7 @@ CUTOFF = 4.0
 
 TINY_BACKBONE = {
     "cutoff": CUTOFF, "lmax": 2, "l_message": 1, "layers": 1, "channels": 8, "edge_channels": 8,
-    "n_radial": 4, "radial_hidden": 8, "ff_expansion": 1,
+    "n_radial": 4, "radial_hidden": 8, "ff_expansion": 1, "body_order": 3,
 }  # fmt: skip
 
 
