@@ -84,15 +84,20 @@ class Heads(nn.Module):
         stacked = {"independent": "mlp", "delta": "correction"}.get(self.config.kind)
         return {name for name, _ in self.named_parameters() if stacked and name.startswith(f"{stacked}.")}
 
-    def forward(self, features: Tensor, fidelity_idx: Tensor) -> Tensor:
-        """Return atom energies [n_atoms], eV, for the fidelities [n_atoms] of the atoms."""
+    def forward(self, features: Tensor, fidelity_idx: Tensor, masked: bool = False) -> Tensor:
+        """Return atom energies [n_atoms], eV, for the fidelities [n_atoms] of the atoms.
+
+        Args:
+            masked: run every fidelity's MLP on all atoms and choose, so that no shape depends on the fidelities.
+        """
+        own = self._chosen if masked else self._own_rows
         if self.config.kind == "independent":
-            return self._own_rows(self.mlp, features, fidelity_idx) * self.scale
+            return own(self.mlp, features, fidelity_idx) * self.scale
         energies = run_mlp(list(zip(self.mlp.weights, self.mlp.biases, strict=True)), features)
         if self.correction is not None:
             assert self.config.base is not None
             skip = self.fidelities.index(self.config.base)
-            energies = energies + self._own_rows(self.correction, features, fidelity_idx, skip)
+            energies = energies + own(self.correction, features, fidelity_idx, skip)
         return energies * self.scale
 
     def _own_rows(self, mlp: Mlp, features: Tensor, fidelity_idx: Tensor, skip: int | None = None) -> Tensor:
@@ -106,6 +111,14 @@ class Heads(nn.Module):
             )
         ]
         return torch.cat(outputs).index_select(0, torch.argsort(order))
+
+    def _chosen(self, mlp: Mlp, features: Tensor, fidelity_idx: Tensor, skip: int | None = None) -> Tensor:
+        """Return what ``_own_rows`` returns."""
+        energies = torch.zeros_like(features[:, 0])
+        for i, layers in enumerate(mlp.members()):
+            if i != skip:
+                energies = torch.where(fidelity_idx == i, run_mlp(layers, features), energies)
+        return energies
 
     @torch.no_grad()
     def folded(self, fidelity: str, shift: Tensor | None) -> "Heads":

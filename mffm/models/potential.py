@@ -7,9 +7,11 @@ import torch
 from torch import Tensor, nn
 
 from mffm.batch import Batch
+from mffm.blocks import Blocks
 from mffm.config.model import ConditioningConfig, ModelConfig
 from mffm.errors import InputError, known
 from mffm.models.contraction import sum_over_received, sum_over_sent
+from mffm.models.density import DensityBackbone
 from mffm.models.terms import LearnedTerm, TermOutput
 from mffm.models.zbl import Zbl
 
@@ -76,18 +78,17 @@ class Potential(nn.Module):
         The batch's edge vectors count as constants: positions get no gradient but the forces.
 
         Raises:
-            InputError: a fidelity index or a dtype that the potential does not have.
+            InputError: see ``check``.
         """
-        self._check(batch)
+        if not isinstance(batch, Blocks):
+            self.check(batch)
         train = self.training and torch.is_grad_enabled()
         derivatives = forces or stress
         with torch.set_grad_enabled(train or derivatives):
             edge_vectors = batch.edge_vectors.detach().requires_grad_(derivatives)
             outputs: list[TermOutput] = [term(batch, edge_vectors) for term in self.terms.values()]
             atom_energies = sum((o.atom_energies for o in outputs[1:]), outputs[0].atom_energies)
-            systems = batch.system_idx
-            energy = torch.zeros(batch.n_systems, dtype=torch.float64, device=systems.device)
-            energy = energy.index_add(0, systems, atom_energies.to(torch.float64))
+            energy = batch.system_sums(atom_energies.to(torch.float64))
             prediction = Prediction(energy, atom_energies, None, None)
             if derivatives:
                 # Terms with their own forces have no graph. The sum over atoms has the gradient of the float64 one.
@@ -114,8 +115,7 @@ class Potential(nn.Module):
         """Return dE/dstrain = Σ r ⊗ dE/dr, [n_systems, 3, 3], eV."""
         products = edge_vectors.unsqueeze(2) * gradient.unsqueeze(1)
         per_atom = sum_over_received(products.flatten(1), batch).view(-1, 3, 3)
-        virial = gradient.new_zeros(batch.n_systems, 3, 3)
-        return virial.index_add(0, batch.system_idx, per_atom)
+        return batch.system_sums(per_atom)
 
     @staticmethod
     def _stress(batch: Batch, virial: Tensor) -> Tensor:
@@ -124,7 +124,12 @@ class Potential(nn.Module):
         factor = (has_volume / volume).to(virial)
         return 0.5 * (virial + virial.transpose(1, 2)) * factor[:, None, None]
 
-    def _check(self, batch: Batch) -> None:
+    def check(self, batch: Batch) -> None:
+        """Refuse what the potential was not made for; ``forward`` does it but for blocks, whose maker has done it.
+
+        Raises:
+            InputError: a fidelity index, a charge, a spin or a dtype that the potential does not have.
+        """
         lowest, highest = (int(value) for value in batch.fidelity_idx.aminmax())
         if lowest < 0 or highest >= len(self.fidelities):
             raise InputError(
@@ -137,6 +142,8 @@ class Potential(nn.Module):
                 f"batch in {batch.edge_vectors.dtype}, potential in {own}: "
                 f"collate with dtype={own} or convert the potential"
             )
+        if isinstance(self.learned.backbone, DensityBackbone):
+            self.learned.backbone.check(batch)
 
     def per_fidelity(self) -> set[str]:
         """Return the names in the state dict whose rows are fidelities."""

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Protocol
 from torch import Tensor, nn
 
 from mffm.batch import Batch
+from mffm.blocks import Blocks
 from mffm.config.model import DensityConfig, EscnConfig, ModelConfig
 from mffm.models.conditioning import Conditioning
 from mffm.models.density import DensityBackbone
@@ -63,4 +64,4 @@ class LearnedTerm(nn.Module):
     def forward(self, batch: Batch, edge_vectors: Tensor) -> TermOutput:
         fidelity_idx = batch.fidelity_idx.index_select(0, batch.system_idx)
         features = self.backbone(batch, edge_vectors, self.conditioning(fidelity_idx))
-        return TermOutput(self.heads(features, fidelity_idx))
+        return TermOutput(self.heads(features, fidelity_idx, masked=isinstance(batch, Blocks)))
