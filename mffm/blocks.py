@@ -30,7 +30,7 @@ DIMENSIONS: dict[str, tuple[str | int, ...]] = {
     "spin_multiplicity": ("systems",),
     "slots": ("slots", 4),
     "atom_of_block": ("blocks",),
-    "blocks_of_atom": ("atoms", "most blocks"),
+    "blocks_of_atom": ("atoms", "most blocks", 2),
     "slots_of_pair": ("pairs", 2),
     "atoms_of_system": ("systems", "most atoms"),
 }
@@ -50,7 +50,8 @@ class Blocks(Batch):
             pair's vector points to the sender, -1 where it comes from it, 0 in unused slots, whose opposite is the last
             slot of all. One array, as a compiler takes columns of several for the axis to vectorise.
         atom_of_block: [n_blocks] int64; 0 for the last.
-        blocks_of_atom: [n_atoms, most] int64, filled up with the last block; most ≥ 2.
+        blocks_of_atom: [n_atoms, most, 2] int64, filled up with the last block; most ≥ 2. Twice the same: an index that
+            runs along the summed axis in steps of one would make a compiler vectorise that axis.
         slots_of_pair: [n_pairs, 2] int64, of sign 1 and -1; the last slot twice for pair 0.
         atoms_of_system: [n_systems, most] int64, filled up with 0; most ≥ 2.
     """
@@ -81,17 +82,17 @@ class Blocks(Batch):
 
     def atom_sums(self, x: Tensor) -> Tensor:
         """Return sums over the blocks of each atom: [n_blocks, ...] → [n_atoms, ...]; the last block holds zeros."""
-        n, most = self.blocks_of_atom.shape
-        return x.index_select(0, self.blocks_of_atom.flatten()).view(n, most, *x.shape[1:]).sum(1)
+        n, most, _ = self.blocks_of_atom.shape
+        return x.index_select(0, self.blocks_of_atom[:, :, 0].reshape(-1)).view(n, most, *x.shape[1:]).sum(1)
 
 
 def width_for(avg_neighbors: float) -> int:
     """Return the width with the least work for a mean number of neighbors.
 
-    Rows are taken to have half to one and a half times the mean, and a block to cost as much as two slots of its own.
+    Rows are taken to have half to one and a half times the mean, and a block to cost as much as four more slots.
     """
     lengths = torch.linspace(0.5 * avg_neighbors, 1.5 * avg_neighbors, 101, dtype=torch.float64)
-    return min(WIDTHS, key=lambda width: float((torch.ceil(lengths / width) * (width + 2)).sum()))
+    return min(WIDTHS, key=lambda width: float((torch.ceil(lengths / width) * (width + 4)).sum()))
 
 
 def to_blocks(batch: Batch, width: int, cutoff: float) -> Blocks:
@@ -147,8 +148,9 @@ def to_blocks(batch: Batch, width: int, cutoff: float) -> Blocks:
         neighbor_mask=empty.bool(), reverse=empty, groups=(), row_of_atom=empty, atom_of_row=empty,
     )  # fmt: skip
     return Blocks(
-        **own, width=width, slots=slots, atom_of_block=torch.cat([owners, nowhere]), blocks_of_atom=blocks_of_atom,
-        slots_of_pair=slots_of_pair, atoms_of_system=atoms_of_system,
+        **own, width=width, slots=slots, atom_of_block=torch.cat([owners, nowhere]),
+        blocks_of_atom=blocks_of_atom.unsqueeze(2).repeat(1, 1, 2), slots_of_pair=slots_of_pair,
+        atoms_of_system=atoms_of_system,
     )  # fmt: skip
 
 
@@ -205,7 +207,7 @@ class _OfPairs(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, batch: Blocks, sign: int) -> Tensor:
         ctx.batch, ctx.sign = batch, sign
         ends = batch.receivers if sign == 1 else batch.neighbors
-        real = (torch.arange(len(ends), device=x.device) > 0).unsqueeze(1)
+        real = (torch.arange(ends.shape[0], device=x.device) > 0).unsqueeze(1)
         return torch.where(real, x.index_select(0, ends), 0.0)
 
     @staticmethod

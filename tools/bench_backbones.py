@@ -1,6 +1,6 @@
 """Backbones side by side on the same frames, as markdown: CPU µs per edge and layer, atoms/s, peak memory.
 
-    OMP_NUM_THREADS=1 python tools/bench_backbones.py [--edges 6000] [--rounds 5]
+    OMP_NUM_THREADS=1 python tools/bench_backbones.py [--edges 6000] [--rounds 5] [--compiled]
 
 Shipped crystals, cutoff 5 Å, energy + forces + stress, float32, one thread, the same allocator setting for all. Every
 backbone does one inference and one training step (double backward, no optimiser) a round, in turn; times are CPU times,
@@ -23,11 +23,14 @@ from mffm import distributed
 from mffm.config.base import load
 from mffm.config.data import DataConfig
 from mffm.config.model import ModelConfig
+from mffm.config.recipe import LossConfig, TermConfig
 from mffm.data.ingest import ingest
 from mffm.data.loader import collate
 from mffm.data.store import Store
 from mffm.keys import PROPERTIES
+from mffm.loss import Loss
 from mffm.models.potential import Potential
+from mffm.training.compiled import CompiledStep
 
 ROOT = Path(__file__).parents[1]
 CUTOFF = 5.0
@@ -73,6 +76,23 @@ def train(potential: Potential, batch) -> None:
     (p.energy.square().mean() + p.forces.square().mean() + p.stress.square().mean()).backward()
 
 
+class Compiled:
+    """A compiled training step with the same labels and the same kind of loss; useful edges count, not slots."""
+
+    def __init__(self, potential: Potential, batch):
+        term = TermConfig(form="mse")
+        self.potential, self.batch = potential, batch
+        batch.masks = {p: torch.ones(batch.n_systems, dtype=torch.bool) for p in PROPERTIES}
+        loss = Loss(LossConfig(energy=term, forces=term, stress=term), [FIDELITY], {(0, p): 1 for p in PROPERTIES})
+        self.divisors = loss.divisors({(0, p): float(batch.n_systems) for p in PROPERTIES}, {})
+        self.reference = torch.zeros(batch.n_systems, dtype=torch.float64)
+        self.step = CompiledStep(potential, loss, batch.n_edges / len(batch.atomic_numbers))
+
+    def __call__(self) -> None:
+        self.potential.zero_grad(set_to_none=True)
+        self.step(list(self.potential.parameters()), self.batch, self.reference, self.divisors)[0].backward()
+
+
 def peak(name: str, store: Path, n_edges: int) -> None:
     potential, batch = make(name, store, n_edges)
     infer(potential, batch)
@@ -85,6 +105,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--edges", type=int, default=6000)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--compiled", action="store_true", help="also compiled training steps; minutes the first time")
     parser.add_argument("--peak", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -102,6 +123,9 @@ def main() -> None:
             done = subprocess.run(command, capture_output=True, text=True, check=True)
             peaks[name] = float(done.stdout.split("peak")[-1])
         made = {name: make(name, store, args.edges) for name in BACKBONES}
+        compiled = {}
+        if args.compiled:
+            compiled = {n: Compiled(*made[n]) for n in BACKBONES if BACKBONES[n].get("kind", "density") == "density"}
         times: dict[tuple[str, str], list[float]] = {}
         for i in range(args.rounds + 1):
             for name, (potential, batch) in made.items():
@@ -110,6 +134,11 @@ def main() -> None:
                     function(potential, batch)
                     if i:
                         times.setdefault((name, what), []).append(time.process_time() - started)
+                if name in compiled:
+                    started = time.process_time()
+                    compiled[name]()
+                    if i:
+                        times.setdefault((name, "compiled"), []).append(time.process_time() - started)
     batch = made[REFERENCE][1]
     n_edges, n_atoms = batch.n_edges, len(batch.atomic_numbers)
     print(f"{n_edges:,} edges, {n_atoms} atoms, {LAYERS} layers\n")
@@ -126,6 +155,14 @@ def main() -> None:
         print(
             f"| {name} | {potential.n_parameters:,} | {infer_s * per:.1f} | {train_s * per:.1f} "
             f"| {n_atoms / train_s:.0f} | {ratio:.1f} | {peaks[name]:.0f} | {kb:.1f} |"
+        )
+    for name, step in compiled.items():
+        seconds = median(times[name, "compiled"])
+        ratio = median(b / a for a, b in zip(times[name, "compiled"], times[REFERENCE, "train"], strict=True))
+        eager = median(b / a for a, b in zip(times[name, "compiled"], times[name, "train"], strict=True))
+        print(
+            f"| {name}; {step.step.summary()} | | | {seconds * per:.1f}, {eager:.1f} × cheaper than eager "
+            f"| {n_atoms / seconds:.0f} | {ratio:.1f} | | |"
         )
 
 

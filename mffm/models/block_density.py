@@ -41,7 +41,7 @@ class _Slots:
 
     def sent(self, h: Tensor) -> Tensor:
         rows = h.index_select(0, self.batch.slots[:, SENDER])
-        return rows.view(len(self.batch.atom_of_block), self.batch.width, -1, self.channels)
+        return rows.view(self.batch.atom_of_block.shape[0], self.batch.width, -1, self.channels)
 
     def radial(self, radial: Tensor) -> tuple[Tensor, ...]:
         """Return the radial functions of each degree."""
@@ -58,7 +58,7 @@ class _Slots:
     def received(self, x: Tensor) -> tuple[Tensor, ...]:
         """Return the rows of x [n_atoms, (lmax + 1)^2, width] of the receivers, for each harmonic."""
         rows = x.index_select(0, self.batch.atom_of_block)
-        return rows.view(len(rows), 1, x.shape[1], -1, self.channels).unbind(2)
+        return rows.view(rows.shape[0], 1, x.shape[1], -1, self.channels).unbind(2)
 
     def to_atoms(self, parts: Sequence[Tensor]) -> Tensor:
         """[n_blocks, a, c] for each harmonic → [n_atoms, (lmax + 1)^2, width]."""
