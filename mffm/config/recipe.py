@@ -166,7 +166,6 @@ class TrainSection(Schema):
         "or save, as rank 0 alone writes while the others wait",
     )
 
-
     @model_validator(mode="after")
     def _checks(self) -> "TrainSection":
         if self.compile and self.activation_checkpointing:

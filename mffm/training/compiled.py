@@ -16,10 +16,13 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mffm.batch import Batch
@@ -104,30 +107,38 @@ class CompiledStep:
             torch.__version__, platform.machine(), sources(),
         ]  # fmt: skip
         with cache_folder(facts) as folder:
-            path = folder / "step.bin"
+            path, constants_path = folder / "step.bin", folder / "constants.safetensors"
             if path.exists():
                 # What a killed run left: torch writes shared objects in place.
-                with contextlib.suppress(OSError, ImportError, AssertionError, RuntimeError):
+                with contextlib.suppress(OSError, ImportError, AssertionError, RuntimeError, SafetensorError):
+                    constants = [t.to(device) for _, t in sorted(load_file(constants_path).items())]
+                    loaded = torch._inductor.CompiledArtifact.load(path=str(path), format="binary")
                     self.cached = True
-                    return torch._inductor.CompiledArtifact.load(path=str(path), format="binary")
+                    return partial(loaded, *constants)
                 shutil.rmtree(folder, ignore_errors=True)
             self.cached = False
-            graph = self._traced(parameters, blocks, inputs)
+            graph, constants = self._traced(parameters, blocks, inputs)
             placeholders = [node.meta["val"] for node in graph.graph.nodes if node.op == "placeholder"]
             function = torch._inductor.standalone_compile(
                 graph, placeholders, dynamic_shapes="from_graph", options={"config_patches": options}
             )
+            names = [f"{i:04d}" for i in range(len(constants))]
+            save_file({n: t.contiguous() for n, t in zip(names, constants, strict=True)}, constants_path)
             function.save(path=str(path), format="binary")
-            return function
+            return partial(function, *constants)
 
-    def _traced(self, parameters: Sequence[Tensor], blocks: Blocks, inputs: list[Tensor]) -> torch.fx.GraphModule:
+    def _traced(
+        self, parameters: Sequence[Tensor], blocks: Blocks, inputs: list[Tensor]
+    ) -> tuple[torch.fx.GraphModule, list[Tensor]]:
+        """Return the graph of (constants, parameters, inputs) → (loss, parts, gradients), and the constants."""
         from torch._subclasses.fake_tensor import FakeTensorMode
         from torch.fx.experimental.proxy_tensor import make_fx
         from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
         environment = ShapeEnv()
         sizes = _symbols(environment, self.potential.avg_neighbors, self.width)
-        with FakeTensorMode(shape_env=environment, allow_non_fake_inputs=True):
+        mode = FakeTensorMode(shape_env=environment, allow_non_fake_inputs=True)
+        with mode:
             fakes = [
                 torch.empty([sizes[d] if isinstance(d, str) else d for d in shape], dtype=t.dtype, device=t.device)
                 for shape, t in zip(self._shapes(), inputs, strict=True)
@@ -158,7 +169,7 @@ class CompiledStep:
             self.potential.train(was_training)
         fixed = [str(size) for size in sizes.values() if not size.node.expr.free_symbols]
         assert not fixed, f"a size became a constant while tracing: {fixed}"
-        return graph
+        return graph, _lifted(graph, mode)
 
 
 class _WithGradients(torch.autograd.Function):
@@ -179,11 +190,32 @@ class _WithGradients(torch.autograd.Function):
         return None, None, *torch._foreach_mul(gradients, grad.to(gradients[0].dtype))
 
 
+def _lifted(graph: torch.fx.GraphModule, mode: Any) -> list[Tensor]:
+    """Make the constants of a graph its first inputs and return them: torch saves a compiled graph without them."""
+    first = next(node for node in graph.graph.nodes if node.op == "placeholder")
+    constants: dict[str, Tensor] = {}
+    inputs: dict[str, torch.fx.Node] = {}
+    for node in [n for n in graph.graph.nodes if n.op == "get_attr"]:
+        name = str(node.target)
+        if name not in constants:
+            constants[name] = getattr(graph, name).detach()
+            with graph.graph.inserting_before(first):
+                inputs[name] = graph.graph.placeholder(f"constant_{len(constants)}")
+            inputs[name].meta["val"] = mode.from_tensor(constants[name], static_shapes=True)
+        node.replace_all_uses_with(inputs[name])
+        graph.graph.erase_node(node)
+    for name in constants:
+        delattr(graph, name)
+    graph.recompile()
+    return list(constants.values())
+
+
 def _embedding_backward(
     grad: Tensor, indices: Tensor, num_weights: int, padding_idx: int, scale_grad_by_freq: bool
 ) -> Tensor:
     """The gradient of an embedding's table as a product with the one-hot: no atomics, so the order never changes."""
-    assert padding_idx < 0 and not scale_grad_by_freq
+    assert padding_idx < 0
+    assert not scale_grad_by_freq
     rows = indices.flatten() == torch.arange(num_weights, device=indices.device).unsqueeze(1)
     return rows.to(grad.dtype) @ grad.reshape(-1, grad.shape[-1])
 

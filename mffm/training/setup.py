@@ -251,9 +251,7 @@ class Trainee(nn.Module):
     that gets it after all parameters have theirs.
     """
 
-    def __init__(
-        self, potential: Potential, loss: Loss, reference_table: Tensor, compiled: CompiledStep | None = None
-    ):
+    def __init__(self, potential: Potential, loss: Loss, reference_table: Tensor, compiled: CompiledStep | None = None):
         super().__init__()
         self.potential = potential
         self.loss = loss
