@@ -80,13 +80,25 @@ class Batch:
         """Return the batch on another device; dtypes stay."""
 
         def move(value: Any) -> Any:
-            if isinstance(value, tuple):
+            if isinstance(value, tuple | int):
                 return value
             if isinstance(value, dict):
                 return {k: v.to(device, non_blocking=non_blocking) for k, v in value.items()}
             return value.to(device, non_blocking=non_blocking)
 
-        return Batch(**{f.name: move(getattr(self, f.name)) for f in fields(self)})
+        return type(self)(**{f.name: move(getattr(self, f.name)) for f in fields(self)})
+
+    def system_sums(self, x: Tensor) -> Tensor:
+        """Return sums over the atoms of each system: [n_atoms, ...] → [n_systems, ...]."""
+        return x.new_zeros(self.n_systems, *x.shape[1:]).index_add(0, self.system_idx, x)
+
+    def of_systems(self, x: Tensor) -> Tensor:
+        """Return what the system of each atom has: [n_systems, ...] → [n_atoms, ...]."""
+        return x[self.system_idx]
+
+    def fidelity_sums(self, x: Tensor, n_fidelities: int) -> Tensor:
+        """Return sums over the systems of each fidelity: [n_systems] → [n_fidelities]."""
+        return x.new_zeros(n_fidelities).index_add(0, self.fidelity_idx, x)
 
     def with_fidelity(self, fidelity_idx: Tensor) -> "Batch":
         """Return the same systems asked at other fidelities."""
@@ -101,4 +113,4 @@ def reference_energy(batch: Batch, table: Tensor) -> Tensor:
             energies are about 1e4 eV, of which float32 resolves 1 meV.
     """
     per_atom = table[batch.fidelity_idx[batch.system_idx], batch.atomic_numbers]
-    return per_atom.new_zeros(batch.n_systems).index_add(0, batch.system_idx, per_atom)
+    return batch.system_sums(per_atom)

@@ -64,7 +64,7 @@ def system_sums(prediction: Prediction, batch: Batch, reference: Tensor, prop: P
         per_atom = 3 * torch.where(zero, 0.0, torch.where(zero, 1.0, square).sqrt())
     else:
         per_atom = penalty(error, term).sum(1)
-    return per_atom.new_zeros(batch.n_systems).index_add(0, batch.system_idx, per_atom)
+    return batch.system_sums(per_atom)
 
 
 class Loss:
@@ -147,7 +147,7 @@ class Loss:
             factor = row.double()[batch.fidelity_idx] * batch.weights[prop].double()
             # where, not a product: a masked system's sum may be anything, and 0 × inf is not 0
             live = torch.where(batch.masks[prop], sums * factor, torch.zeros_like(sums))
-            parts.append(live.new_zeros(len(self.fidelities)).index_add(0, batch.fidelity_idx, live))
+            parts.append(batch.fidelity_sums(live, len(self.fidelities)))
         table = torch.stack(parts)
         return table.sum(), table.detach()
 

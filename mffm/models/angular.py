@@ -12,6 +12,7 @@ from math import factorial, sqrt
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 
 class Constant:
@@ -28,7 +29,7 @@ class Constant:
         dtype = tensor.dtype if self._master.is_floating_point() else self._master.dtype
         key = (dtype, tensor.device)
         if key not in self._copies:
-            with torch.inference_mode(False):
+            with torch.inference_mode(False), _disable_current_modes():  # a copy made while tracing is no trace's own
                 self._copies[key] = self._master.to(device=tensor.device, dtype=dtype)
         return self._copies[key]
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from mffm.batch import Batch
+from mffm.blocks import Blocks, pair_sums
 from mffm.models.angular import Constant
 
 
@@ -79,13 +80,20 @@ def _row_sums(x: Tensor, batch: Batch) -> Tensor:
 def sum_over_sent(x: Tensor, batch: Batch) -> Tensor:
     """Return for each atom the sum over the slots whose sender it is: [n_slots, C] → [n_atoms, C].
 
-    Unused slots of an atom count as its own.
+    Unused slots of an atom count as its own. Of blocks: over the pairs, [n_pairs, C], whose sender it is.
     """
+    if isinstance(batch, Blocks):
+        return pair_sums(x, batch, -1)
     return _ReverseSum.apply(x, batch)
 
 
 def sum_over_received(x: Tensor, batch: Batch) -> Tensor:
-    """Return for each atom the sum over its own slots, unused ones included: [n_slots, C] → [n_atoms, C]."""
+    """Return for each atom the sum over its own slots, unused ones included: [n_slots, C] → [n_atoms, C].
+
+    Of blocks: over the pairs, [n_pairs, C], whose receiver it is.
+    """
+    if isinstance(batch, Blocks):
+        return pair_sums(x, batch, 1)
     return _Sum.apply(x, batch)
 
 

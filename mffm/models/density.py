@@ -312,17 +312,6 @@ class Layer(nn.Module):
         return [*self.feed_forward(h[:n], modulations.get(f"{prefix}.update")), *h[n:]]
 
 
-def _check_state(batch: Batch) -> None:
-    for name, value, low, high in (
-        ("charge", batch.charge, -MAX_CHARGE, MAX_CHARGE),
-        ("spin multiplicity", batch.spin_multiplicity, 0, MAX_SPIN),
-    ):
-        smallest, largest = (int(v) for v in value.aminmax())
-        if smallest < low or largest > high:
-            found = smallest if smallest < low else largest
-            raise InputError(f"{name} {found}: model.backbone.charge_and_spin covers {low} to {high}")
-
-
 class DensityBackbone(nn.Module):
     """The native backbone; implements ``Backbone``.
 
@@ -368,6 +357,21 @@ class DensityBackbone(nn.Module):
         self.sites["output"] = self.n_features
         self.recompute = False
 
+    def check(self, batch: Batch) -> None:
+        """Raises:
+        InputError: a charge or a spin multiplicity beyond the tables.
+        """
+        if self.charges is None:
+            return
+        for name, value, low, high in (
+            ("charge", batch.charge, -MAX_CHARGE, MAX_CHARGE),
+            ("spin multiplicity", batch.spin_multiplicity, 0, MAX_SPIN),
+        ):
+            smallest, largest = (int(v) for v in value.aminmax())
+            if smallest < low or largest > high:
+                found = smallest if smallest < low else largest
+                raise InputError(f"{name} {found}: model.backbone.charge_and_spin covers {low} to {high}")
+
     def multiply_in(self, dtype: torch.dtype | None) -> None:
         for module in self.modules():
             if isinstance(module, DegreeLinear):
@@ -411,9 +415,8 @@ class DensityBackbone(nn.Module):
         """Return features by degree l ≤ ``l_out``, [2l + 1, n_atoms, n_features]."""
         elements = self.elements(batch.atomic_numbers)
         if self.charges is not None and self.spins is not None:
-            _check_state(batch)
             state = self.charges(batch.charge + MAX_CHARGE) + self.spins(batch.spin_multiplicity)
-            elements = elements + state[batch.system_idx]
+            elements = elements + batch.of_systems(state)
         trunk = [t for pair in zip(self.trunk, self.trunk_bias, strict=True) for t in pair]
         h = [elements.unsqueeze(0)]
         if self.recompute and self.training and torch.is_grad_enabled():

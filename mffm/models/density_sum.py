@@ -15,6 +15,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from mffm.batch import Batch
+from mffm.blocks import Blocks
+from mffm.models.block_density import block_density
 from mffm.models.contraction import sum_over_sent
 
 CHUNK_BYTES = 2 << 20  # of one degree's messages: they and their few companions stay in the cache
@@ -29,7 +31,10 @@ def density_sum(h: Tensor, radial: Tensor, harmonics: Tensor, batch: Batch) -> T
         h: [n_atoms, width], features of the senders; width = a × c with c running fastest.
         radial: [n_slots, lmax + 1, c].
         harmonics: [n_slots, (lmax + 1)^2].
+        batch: where it is blocks, radial and harmonics are [n_pairs, ...].
     """
+    if isinstance(batch, Blocks):
+        return block_density(h, radial, harmonics, batch)
     return _Density.apply(h, radial, harmonics, batch)
 
 

@@ -94,16 +94,21 @@ class Heads(nn.Module):
         stacked = {"independent": "mlp", "delta": "correction"}.get(self.config.kind)
         return {name for name, _ in self.named_parameters() if stacked and name.startswith(f"{stacked}.")}
 
-    def forward(self, features: Tensor, fidelity_idx: Tensor) -> Tensor:
-        """Return the numbers [n_atoms] or [n_atoms, n_outputs] for the fidelities [n_atoms] of the atoms."""
+    def forward(self, features: Tensor, fidelity_idx: Tensor, masked: bool = False) -> Tensor:
+        """Return the numbers [n_atoms] or [n_atoms, n_outputs] for the fidelities [n_atoms] of the atoms.
+
+        Args:
+            masked: run every fidelity's MLP on all atoms and choose, so that no shape depends on the fidelities.
+        """
+        own = self._chosen if masked else self._own_rows
         if self.config.kind == "independent":
-            values = self._own_rows(self.mlp, features, fidelity_idx)
+            values = own(self.mlp, features, fidelity_idx)
         else:
             values = run_mlp(list(zip(self.mlp.weights, self.mlp.biases, strict=True)), features)
         if self.correction is not None:
             assert self.config.base is not None
             skip = self.fidelities.index(self.config.base)
-            values = values + self._own_rows(self.correction, features, fidelity_idx, skip)
+            values = values + own(self.correction, features, fidelity_idx, skip)
         return (values.squeeze(-1) if self.n_outputs is None else values) * self.scale
 
     def _own_rows(self, mlp: Mlp, features: Tensor, fidelity_idx: Tensor, skip: int | None = None) -> Tensor:
@@ -117,6 +122,15 @@ class Heads(nn.Module):
             )
         ]
         return torch.cat(outputs).index_select(0, torch.argsort(order))
+
+    def _chosen(self, mlp: Mlp, features: Tensor, fidelity_idx: Tensor, skip: int | None = None) -> Tensor:
+        """Return what ``_own_rows`` returns."""
+        own = (fidelity_idx.unsqueeze(1) == i for i in range(len(self.fidelities)))
+        values = features.new_zeros(features.shape[0], self.n_outputs or 1)
+        for i, (mine, layers) in enumerate(zip(own, mlp.members(), strict=True)):
+            if i != skip:
+                values = torch.where(mine, run_mlp(layers, features), values)
+        return values
 
     @torch.no_grad()
     def folded(self, fidelity: str, shift: Tensor | None) -> "Heads":

@@ -7,9 +7,11 @@ import torch
 from torch import Tensor, nn
 
 from mffm.batch import Batch
+from mffm.blocks import Blocks
 from mffm.config.model import ConditioningConfig, ModelConfig
 from mffm.errors import InputError, known
 from mffm.models.contraction import sum_over_received, sum_over_sent
+from mffm.models.density import DensityBackbone
 from mffm.models.terms import LearnedTerm, TermOutput
 from mffm.models.zbl import Zbl
 
@@ -90,9 +92,10 @@ class Potential(nn.Module):
         The batch's edge vectors count as constants: positions get no gradient but the forces.
 
         Raises:
-            InputError: a fidelity index or a dtype that the potential does not have.
+            InputError: see ``check``.
         """
-        self._check(batch)
+        if not isinstance(batch, Blocks):
+            self.check(batch)
         if stress and not self.has_stress:
             raise InputError("no stress: this potential has direct forces without a stress head (model.direct.stress)")
         train = self.training and torch.is_grad_enabled()
@@ -103,9 +106,7 @@ class Potential(nn.Module):
             edge_vectors = fixed.detach().requires_grad_(derivatives)
             outputs: list[TermOutput] = [term(batch, fixed if term.own_derivatives else edge_vectors) for term in terms]
             atom_energies = sum((o.atom_energies for o in outputs[1:]), outputs[0].atom_energies)
-            systems = batch.system_idx
-            energy = torch.zeros(batch.n_systems, dtype=torch.float64, device=systems.device)
-            energy = energy.index_add(0, systems, atom_energies.to(torch.float64))
+            energy = batch.system_sums(atom_energies.to(torch.float64))
             prediction = Prediction(energy, atom_energies, None, None)
             all_forces = [o.forces for o in outputs if o.forces is not None]
             virials = [o.virial for o in outputs if o.virial is not None]
@@ -137,8 +138,7 @@ class Potential(nn.Module):
         """Return dE/dstrain = Σ r ⊗ dE/dr, [n_systems, 3, 3], eV."""
         products = edge_vectors.unsqueeze(2) * gradient.unsqueeze(1)
         per_atom = sum_over_received(products.flatten(1), batch).view(-1, 3, 3)
-        virial = gradient.new_zeros(batch.n_systems, 3, 3)
-        return virial.index_add(0, batch.system_idx, per_atom)
+        return batch.system_sums(per_atom)
 
     @staticmethod
     def _stress(batch: Batch, virial: Tensor) -> Tensor:
@@ -147,7 +147,12 @@ class Potential(nn.Module):
         factor = (has_volume / volume).to(virial)
         return 0.5 * (virial + virial.transpose(1, 2)) * factor[:, None, None]
 
-    def _check(self, batch: Batch) -> None:
+    def check(self, batch: Batch) -> None:
+        """Refuse what the potential was not made for; ``forward`` does it but for blocks, whose maker has done it.
+
+        Raises:
+            InputError: a fidelity index, a charge, a spin or a dtype that the potential does not have.
+        """
         lowest, highest = (int(value) for value in batch.fidelity_idx.aminmax())
         if lowest < 0 or highest >= len(self.fidelities):
             raise InputError(
@@ -160,6 +165,8 @@ class Potential(nn.Module):
                 f"batch in {batch.edge_vectors.dtype}, potential in {own}: "
                 f"collate with dtype={own} or convert the potential"
             )
+        if isinstance(self.learned.backbone, DensityBackbone):
+            self.learned.backbone.check(batch)
 
     def per_fidelity(self) -> set[str]:
         """Return the names in the state dict whose rows are fidelities."""

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Protocol
 from torch import Tensor, nn
 
 from mffm.batch import Batch
+from mffm.blocks import Blocks
 from mffm.config.model import DensityConfig, EscnConfig, ModelConfig
 from mffm.models.conditioning import Conditioning
 from mffm.models.density import DensityBackbone
@@ -80,9 +81,9 @@ class LearnedTerm(nn.Module):
 
     def forward(self, batch: Batch, edge_vectors: Tensor) -> TermOutput:
         fidelity_idx = batch.fidelity_idx.index_select(0, batch.system_idx)
-        modulations = self.conditioning(fidelity_idx)
+        modulations, masked = self.conditioning(fidelity_idx), isinstance(batch, Blocks)
         if self.direct_heads is None:
-            return TermOutput(self.heads(self.backbone(batch, edge_vectors, modulations), fidelity_idx))
+            return TermOutput(self.heads(self.backbone(batch, edge_vectors, modulations), fidelity_idx, masked))
         features = self.backbone.features(batch, edge_vectors, modulations)
         forces, virial = self.direct_heads(features, fidelity_idx, batch)
         return TermOutput(self.heads(features[0][0], fidelity_idx), forces, virial)

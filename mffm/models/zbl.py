@@ -5,8 +5,9 @@ from ase.data import covalent_radii
 from torch import Tensor, nn
 
 from mffm.batch import Batch
+from mffm.blocks import Blocks
 from mffm.models.angular import Constant
-from mffm.models.contraction import sum_over_received
+from mffm.models.contraction import sum_over_received, sum_over_sent
 from mffm.models.density import envelope
 from mffm.models.terms import TermOutput
 
@@ -44,4 +45,8 @@ class Zbl(nn.Module):
         screening = sum(a * torch.exp(-b * x) for a, b in zip(AMPLITUDES, EXPONENTS, strict=True))
         end = (radii[receivers] + radii[senders]).clamp_max(self.cutoff)
         energies = 0.5 * COULOMB * z[receivers] * z[senders] / r * screening * envelope(r / end, ENVELOPE_POWER)
-        return TermOutput(sum_over_received(energies.unsqueeze(-1), batch).squeeze(-1))
+        energies = energies.unsqueeze(-1)
+        atoms = sum_over_received(energies, batch)
+        if isinstance(batch, Blocks):  # of each pair only one direction
+            atoms = atoms + sum_over_sent(energies, batch)
+        return TermOutput(atoms.squeeze(-1))

@@ -29,7 +29,7 @@ from mffm.training import checkpoint, preflight, sharding
 from mffm.training.faults import Faults
 from mffm.training.log import RunLog, run_facts
 from mffm.training.quarantine import LossWatch, SickStepError, write_bundle
-from mffm.training.setup import Setup, Trainee, deepspeed_config, prepare, use_precision
+from mffm.training.setup import Setup, Trainee, deepspeed_config, prepare, trainee_of
 from mffm.training.state import TrainState
 from mffm.training.validate import Validator
 
@@ -86,8 +86,7 @@ def _run_as_rank(recipe: Recipe, run: Path, resume: bool, ranks: distributed.Ran
     n_microbatches = setup.plan.n_microbatches(ranks.world_size)
     ds_config = deepspeed_config(recipe, ranks, n_microbatches)
     table = setup.spec.reference_table(device)
-    use_precision(setup.potential, recipe.train)
-    trainee = Trainee(setup.potential.to(device), setup.loss, table)
+    trainee = trainee_of(setup, device)
     checks = []
     if recipe.train.preflight:
         cursor = Cursor.from_dict(saved[1].cursor) if saved else setup.plan.start()
@@ -116,6 +115,8 @@ def _run_as_rank(recipe: Recipe, run: Path, resume: bool, ranks: distributed.Ran
             _say_resumed(log, *saved, ranks)
         if checks:
             log.say(preflight.summary(checks))
+        if trainee.compiled is not None:
+            log.say(trainee.compiled.summary())
         watch = LossWatch(recipe.train.spike_factor)
         ended = "stopped_early" if _out_of_patience(state, recipe) else "finished"
         while state.step < recipe.train.steps and ended == "finished":

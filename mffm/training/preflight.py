@@ -35,7 +35,7 @@ from mffm.failures import node_name
 from mffm.optim import state_shapes
 from mffm.release import write_json
 from mffm.training.faults import Faults
-from mffm.training.setup import Setup, Trainee, deepspeed_config, prepare, use_precision
+from mffm.training.setup import Setup, Trainee, deepspeed_config, prepare, trainee_of
 
 ALL_REDUCE_BYTES = 16_000_000
 DISK_BYTES = (1_000_000, 64_000_000)  # the least and the most that is written: what a checkpoint has, in between
@@ -79,9 +79,7 @@ def only(recipe: Recipe) -> list[Check]:
             torch.set_num_threads(recipe.train.threads)
         setup = prepare(recipe)
         deepspeed_config(setup.recipe, ranks, setup.plan.n_microbatches(ranks.world_size))  # what it refuses
-        use_precision(setup.potential, setup.recipe.train)
-        trainee = Trainee(setup.potential.to(device), setup.loss, setup.spec.reference_table(device))
-        return check(run, setup, trainee, setup.plan.start(), ranks, device, seconds)
+        return check(run, setup, trainee_of(setup, device), setup.plan.start(), ranks, device, seconds)
 
 
 def check(

@@ -22,6 +22,7 @@ from mffm.keys import ENERGY, FORCES, N_ELEMENTS, Property
 from mffm.loss import Loss
 from mffm.models.potential import Potential
 from mffm.release import Loaded, PotentialSpec, code_version, load, refit_references
+from mffm.training.compiled import CompiledStep, require_compiler
 
 STATISTICS_FRAMES = 2000  # frames a pool gives to the force scale
 
@@ -265,6 +266,21 @@ def provenance(recipe: Recipe, store: Store, plan: Plan, base: Loaded | None) ->
     return record
 
 
+def trainee_of(setup: Setup, device: torch.device) -> "Trainee":
+    """Return the module to train of a run, with the recipe's precision, checkpointing and compilation.
+
+    Raises:
+        InputError: the recipe wants compilation, and there is no compiler.
+    """
+    config = setup.recipe.train
+    use_precision(setup.potential, config)
+    compiled = None
+    if config.compile:
+        require_compiler()
+        compiled = CompiledStep(setup.potential, setup.loss, setup.spec.avg_neighbors)
+    return Trainee(setup.potential.to(device), setup.loss, setup.spec.reference_table(device), compiled)
+
+
 def use_precision(potential: Potential, config: TrainSection) -> None:
     """Set precision and activation checkpointing of the potential's training. tf32 holds for the whole process."""
     torch.set_float32_matmul_precision("high" if config.precision == "tf32" else "highest")
@@ -296,11 +312,12 @@ class Trainee(nn.Module):
     that gets it after all parameters have theirs.
     """
 
-    def __init__(self, potential: Potential, loss: Loss, reference_table: Tensor):
+    def __init__(self, potential: Potential, loss: Loss, reference_table: Tensor, compiled: CompiledStep | None = None):
         super().__init__()
         self.potential = potential
         self.loss = loss
         self.reference_table = reference_table  # a plain attribute: a float64 that no engine casts
+        self.compiled = compiled
 
     def forward(self, batch: Batch, divisors: Tensor, anchor: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return this microbatch's share of the global loss and its parts per (property, fidelity).
@@ -308,14 +325,18 @@ class Trainee(nn.Module):
         Args:
             anchor: at ZeRO 3 a scalar that requires grad.
         """
+        names, parameters = zip(*self.potential.named_parameters(), strict=True)
+        if anchor is not None:
+            parameters = _Together.apply(anchor, *parameters)
+        reference = torch.nan_to_num(reference_energy(batch, self.reference_table))
+        if self.compiled is not None:
+            return self.compiled(parameters, batch, reference, divisors)
         wanted = {"forces": self.loss.needs_forces, "stress": self.loss.needs_stress}
         if anchor is None:
             prediction = self.potential(batch, **wanted)
         else:
-            names, parameters = zip(*self.potential.named_parameters(), strict=True)
-            together = dict(zip(names, _Together.apply(anchor, *parameters), strict=True))
+            together = dict(zip(names, parameters, strict=True))
             prediction = torch.func.functional_call(self.potential, together, (batch,), wanted)
-        reference = torch.nan_to_num(reference_energy(batch, self.reference_table))
         loss, parts = self.loss(prediction, batch, reference, divisors)
         # 0 × energy: a loss of forces alone must reach the heads' last biases too, the same parameters on every rank.
         return loss + 0.0 * prediction.energy.sum(), parts
