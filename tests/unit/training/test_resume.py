@@ -13,11 +13,6 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from mffm.config.base import load
-from mffm.config.recipe import Recipe
-from mffm.errors import InputError
-from mffm.training.loop import resume, train
-
 TRAIN = {"steps": 20, "validate_every": 5, "save_every": 10, "log_every": 1, "threads": 1, "keep": 3}
 
 
@@ -83,10 +78,11 @@ def test_kill_and_resume_is_bit_identical(uninterrupted: Path, make_recipe: Call
 
 
 def test_soap_goes_on_bit_for_bit(make_recipe: Callable[..., Path], tmp_path: Path):
-    """In this process; what a kill leaves is what the checkpoint of step 10 was."""
+    """What a kill leaves is what the checkpoint of step 10 was."""
     run = tmp_path / "soap"
     optim = {"kind": "soap", "precondition_every": 3}
-    train(load(Recipe, make_recipe("soap", run=str(run), train=TRAIN, optim=optim)))
+    trained = mffm("train", str(make_recipe("soap", run=str(run), train=TRAIN, optim=optim)))
+    assert trained.returncode == 0, trained.stderr
     expected = bytes_of(run)
     assert expected["model.safetensors"] != bytes_of(run, 10)["model.safetensors"]
     checks = {c["name"]: c["numbers"] for c in json.loads((run / "preflight.json").read_text())["checks"]}
@@ -94,12 +90,14 @@ def test_soap_goes_on_bit_for_bit(make_recipe: Callable[..., Path], tmp_path: Pa
     assert checks["disk"]["checkpoint_bytes"] == 4 * sum(v.numel() for v in tensors)
     shutil.rmtree(run / "checkpoints" / "step-00000020")
     (run / "checkpoints" / "latest").write_text("step-00000010\n")
-    resume(run)
+    resumed = mffm("resume", str(run))
+    assert resumed.returncode == 0, resumed.stderr
     assert bytes_of(run) == expected
     recipe = run / "recipe.yaml"
     recipe.write_text(recipe.read_text().replace("kind: soap", "kind: adamw").replace("every: 3", "every: 10"))
-    with pytest.raises(InputError, match=r"its optimiser state is not of this recipe's optim\.kind: adamw"):
-        resume(run)
+    refused = mffm("resume", str(run))
+    assert refused.returncode == 2
+    assert "its optimiser state is not of this recipe's optim.kind: adamw" in refused.stderr
 
 
 def test_interrupt_saves_at_a_step_boundary_and_says_how_to_go_on(
