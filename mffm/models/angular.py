@@ -22,14 +22,15 @@ class Constant:
     """
 
     def __init__(self, array: np.ndarray | Tensor):
-        self._master = torch.as_tensor(array)
+        with _disable_current_modes():  # one made while a step is traced holds numbers all the same
+            self._master = torch.as_tensor(array)
         self._copies: dict[tuple[torch.dtype, torch.device], Tensor] = {}
 
     def like(self, tensor: Tensor) -> Tensor:
         dtype = tensor.dtype if self._master.is_floating_point() else self._master.dtype
         key = (dtype, tensor.device)
         if key not in self._copies:
-            with torch.inference_mode(False), _disable_current_modes():  # a copy made while tracing is no trace's own
+            with torch.inference_mode(False), _disable_current_modes():
                 self._copies[key] = self._master.to(device=tensor.device, dtype=dtype)
         return self._copies[key]
 

@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError
@@ -123,7 +123,7 @@ class CompiledStep:
                 graph, placeholders, dynamic_shapes="from_graph", options={"config_patches": options}
             )
             names = [f"{i:04d}" for i in range(len(constants))]
-            save_file({n: t.contiguous() for n, t in zip(names, constants, strict=True)}, constants_path)
+            save_file(dict(zip(names, constants, strict=True)), constants_path)
             function.save(path=str(path), format="binary")
             return partial(function, *constants)
 
@@ -153,7 +153,9 @@ class CompiledStep:
                 dict(zip(self.loss.properties, rest[i * n_properties : (i + 1) * n_properties], strict=True))
                 for i in range(3)
             ]
-            batch = replace(blocks, **geometry, labels=tables[0], masks=tables[1], weights=tables[2])
+            batch = replace(
+                blocks, **cast(dict[str, Any], geometry), labels=tables[0], masks=tables[1], weights=tables[2]
+            )
             named = dict(zip(self._names, own, strict=True))
             wanted = {"forces": self.loss.needs_forces, "stress": self.loss.needs_stress}
             prediction = torch.func.functional_call(self.potential, named, (batch,), wanted)
@@ -198,7 +200,7 @@ def _lifted(graph: torch.fx.GraphModule, mode: Any) -> list[Tensor]:
     for node in [n for n in graph.graph.nodes if n.op == "get_attr"]:
         name = str(node.target)
         if name not in constants:
-            constants[name] = getattr(graph, name).detach()
+            constants[name] = getattr(graph, name).detach().contiguous()
             with graph.graph.inserting_before(first):
                 inputs[name] = graph.graph.placeholder(f"constant_{len(constants)}")
             inputs[name].meta["val"] = mode.from_tensor(constants[name], static_shapes=True)

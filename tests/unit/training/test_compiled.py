@@ -40,7 +40,7 @@ def losses(run: Path) -> list[float]:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(3000)
+@pytest.mark.timeout(1200)
 def test_compiled_training(make_recipe: Callable[..., Path], tmp_path: Path) -> None:
     recipes = []
     for name, train, stage in (("eager", {}, 0), ("whole", {"compile": True}, 0), ("zero3", {"compile": True}, 3)):
@@ -50,15 +50,15 @@ def test_compiled_training(make_recipe: Callable[..., Path], tmp_path: Path) -> 
     cache = tmp_path / "cache"
     done = subprocess.run(
         [sys.executable, "-c", RUN_ALL, *map(str, recipes), str(tmp_path / "whole"), str(tmp_path / "half")],
-        capture_output=True, text=True, timeout=2900, env={**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(cache)},
+        capture_output=True, text=True, timeout=1100, env={**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(cache)},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:]
     expected = losses(tmp_path / "eager")
     assert len(expected) == 6
     for name in ("whole", "zero3"):
         assert losses(tmp_path / name) == pytest.approx(expected, rel=2e-4)
-    assert done.stdout.count("compiled in") == 1, "one graph for all batches, and for all runs"
-    assert done.stdout.count("loaded in") == 2
+    assert done.stderr.count("compiled in") == 1, "one graph for all batches, and for all runs"
+    assert done.stderr.count("loaded in") == 2
     assert len([p for p in cache.iterdir() if (p / "step.bin").is_file()]) == 1
     for file in ("model.safetensors", "ema.safetensors", "optimizer.safetensors"):
         whole, half = (tmp_path / n / "checkpoints" / "step-00000006" / file for n in ("whole", "half"))
