@@ -24,7 +24,7 @@ from mffm.training.setup import Setup, Trainee, deepspeed_config, prepare
 
 BACKBONE = {
     "lmax": 2, "l_message": 1, "layers": 2, "channels": 8, "edge_channels": 8,
-    "n_radial": 4, "radial_hidden": 8, "ff_expansion": 1,
+    "n_radial": 4, "radial_hidden": 8, "ff_expansion": 1, "body_order": 3,
 }  # fmt: skip
 MODELS: dict[str, dict[str, Any]] = {
     "independent": {"conditioning": {"kind": "none"}, "heads": {"kind": "independent", "hidden": [8]}},

@@ -84,6 +84,7 @@ def test_an_energy_loss_alone(kit: SimpleNamespace) -> None:
 
 
 def test_bfloat16_products_are_close_and_end_with_the_training(kit: SimpleNamespace) -> None:
+    torch.manual_seed(0)  # cubes of random weights: forces move by 1 to 5 %
     potential = Potential(kit.config("quartic", "film", "delta"), kit.fidelities, avg_neighbors=6.0, scale=1.0)
     batch = kit.batch([kit.molecule(i, 12) for i in range(4)], [0, 1, 2, 0], dtype=torch.float32)
     energy, forces, plain, _ = trained(kit, potential, batch)
