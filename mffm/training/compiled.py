@@ -104,7 +104,7 @@ class CompiledStep:
             [m.product_dtype for m in self.potential.modules() if isinstance(m, DegreeLinear)],
             device.type if device.type == "cpu" else torch.cuda.get_device_name(device),
             torch.get_num_threads(), torch.get_float32_matmul_precision(), torch.backends.cpu.get_cpu_capability(),
-            torch.__version__, platform.machine(), sources(),
+            torch.__version__, processor(), sources(),
         ]  # fmt: skip
         with cache_folder(facts) as folder:
             path, constants_path = folder / "step.bin", folder / "constants.safetensors"
@@ -123,7 +123,11 @@ class CompiledStep:
                 graph, placeholders, dynamic_shapes="from_graph", options={"config_patches": options}
             )
             names = [f"{i:04d}" for i in range(len(constants))]
-            save_file(dict(zip(names, constants, strict=True)), constants_path)
+            aside = (
+                folder / f"constants.{platform.node()}.{os.getpid()}.partial"
+            )  # another run may have the file mapped
+            save_file(dict(zip(names, constants, strict=True)), aside)
+            aside.replace(constants_path)
             function.save(path=str(path), format="binary")
             return partial(function, *constants)
 
@@ -271,6 +275,14 @@ def sources() -> str:
     for file in [*files, Path(__file__)]:
         digest.update(file.read_bytes())
     return digest.hexdigest()
+
+
+def processor() -> str:
+    """Return what a compiler knows the processor by: Inductor compiles for it alone, and clusters share homes."""
+    keys = ("model name", "flags", "CPU implementer", "CPU part", "Features")
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().split("\n\n")[0].splitlines() if path.exists() else []
+    return "\n".join([platform.machine(), *(line for line in lines if line.startswith(keys))])
 
 
 @contextmanager
