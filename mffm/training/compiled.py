@@ -119,9 +119,10 @@ class CompiledStep:
             self.cached = False
             graph, constants = self._traced(parameters, blocks, inputs)
             placeholders = [node.meta["val"] for node in graph.graph.nodes if node.op == "placeholder"]
-            function = torch._inductor.standalone_compile(
-                graph, placeholders, dynamic_shapes="from_graph", options={"config_patches": options}
-            )
+            with refused_compiler():
+                function = torch._inductor.standalone_compile(
+                    graph, placeholders, dynamic_shapes="from_graph", options={"config_patches": options}
+                )
             names = [f"{i:04d}" for i in range(len(constants))]
             aside = (
                 folder / f"constants.{platform.node()}.{os.getpid()}.partial"
@@ -307,6 +308,29 @@ def cache_folder(facts: Sequence[object]) -> Iterator[Path]:
             del os.environ[name]
         else:
             os.environ[name] = before
+
+
+@contextmanager
+def refused_compiler() -> Iterator[None]:
+    """Say what a compiler that does not work said.
+
+    Raises:
+        InputError: with its first error.
+    """
+    from torch._inductor.exc import CppCompileError, InvalidCxxCompiler
+
+    try:
+        yield
+    except RuntimeError as error:
+        inner = getattr(error, "inner_exception", error)
+        if not isinstance(inner, CppCompileError | InvalidCxxCompiler):
+            raise
+        lines = str(getattr(inner, "output", inner)).strip().splitlines()
+        first = next((line for line in lines if "error" in line), lines[0] if lines else "it says nothing")
+        raise InputError(
+            f"train.compile: the C++ compiler failed: {first.strip()}; it needs its own and Python's headers "
+            "(g++, python3-dev), or leave train.compile out"
+        ) from error
 
 
 def require_compiler() -> None:
