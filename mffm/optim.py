@@ -49,7 +49,7 @@ def decays(name: str, parameter: Tensor) -> bool:
     Shapes do not tell: a bias with one row per fidelity is a matrix. Decaying it would pull each fidelity's offset to
     zero in one kind of heads and not in another.
     """
-    apart = ("bias", "norm.", "conditioning.table")
+    apart = ("bias", "norm.", "affine_weight", "conditioning.table")  # affine_weight: [degrees, channels] of eSCN-MD
     return parameter.ndim >= 2 and not any(part in name for part in apart)
 
 

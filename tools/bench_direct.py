@@ -34,13 +34,13 @@ from mffm.data.loader import collate
 from mffm.data.store import Store
 from mffm.keys import FORCES, PROPERTIES, STRESS
 from mffm.models.potential import Potential
-from mffm.optim import adamw
+from mffm.optim import make_optimizer
 
 DATASET = "acac"
 FOLDER = ROOT / "runs" / "bench_direct"
 LOG = FOLDER / "log.jsonl"
 CUTOFF = 5.0
-STAGE_2 = ["optim.lr=0.003"]  # it starts from trained weights
+STAGE_2 = ["optim.lr=0.001"]  # it starts from trained weights
 
 
 def one_batch(store: Store, fidelity: str, n_edges: int):
@@ -72,7 +72,7 @@ def cost(rounds: int) -> None:
                 direct = {"forces": forces} | ({"direct": {"stress": True}} if stress and forces == "direct" else {})
                 config = ModelConfig.model_validate({"backbone": {"cutoff": CUTOFF}, **direct})
                 potential = Potential(config, [fidelity], avg_neighbors=20.0, scale=1.0).train()
-                made[forces] = potential, adamw(potential, OptimConfig())
+                made[forces] = potential, make_optimizer(potential, OptimConfig())
             times: dict[str, list[tuple[float, float]]] = {k: [] for k in made}
             for i in range(rounds + 1):
                 for forces, (potential, optimizer) in made.items():

@@ -68,6 +68,7 @@ SEVENNET_CRYSTALS = {
 }
 ESCN = [
     "model.backbone={kind: escn, cutoff: 5.0, sphere_channels: 64, hidden_channels: 64, edge_channels: 64}",
+    "optim.kind=adamw",
     "optim.lr=0.0008",
 ]
 # entry → trainer, frames a step, options of its train_<trainer>.py; by set

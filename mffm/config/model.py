@@ -6,7 +6,7 @@ from pydantic import Discriminator, Field, Tag, model_validator
 
 from mffm.config.base import Schema
 
-# Named sizes of the density backbone; docs/backbone.md says what each costs.
+# Named sizes of the density backbone; docs/backbone.md says what each costs. Releases hold name and values: keep both.
 SIZES: dict[str, dict[str, int]] = {
     "S": {"channels": 96, "edge_channels": 32, "lmax": 2, "l_message": 1, "layers": 2},
     "M": {"channels": 256, "edge_channels": 48, "lmax": 3, "l_message": 1, "layers": 3},
@@ -20,7 +20,9 @@ class DensityConfig(Schema):
 
     kind: Literal["density"] = "density"
     size: Literal["S", "M", "L", "XL"] | None = Field(
-        None, description="named size: values of channels, edge_channels, lmax, l_message and layers not given here"
+        None,
+        description="named size: values of channels, edge_channels, lmax, l_message and layers not given here; "
+        "None in a resolved recipe that has others",
     )
     cutoff: float = Field(5.0, gt=0, description="Å")
     lmax: int = Field(2, ge=0, le=4, description="highest degree of the spherical harmonics of an edge")
@@ -45,7 +47,12 @@ class DensityConfig(Schema):
     @classmethod
     def _named_size(cls, values: Any) -> Any:
         if isinstance(values, dict) and isinstance(values.get("size"), str):
-            return {**SIZES.get(values["size"], {}), **values}
+            name, table = values["size"], SIZES.get(values["size"], {})
+            resolved = {**table, **values}
+            differing = [f"{key}: {resolved[key]}" for key in table if resolved[key] != table[key]]
+            if differing and all(key in values for key in table):  # another size for what a run has resolved
+                raise ValueError(f"size {name} names nothing: {', '.join(differing)} are given; leave out one or other")
+            return {**resolved, "size": None} if differing else resolved
         return values
 
     @model_validator(mode="after")

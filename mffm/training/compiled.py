@@ -104,7 +104,7 @@ class CompiledStep:
             [m.product_dtype for m in self.potential.modules() if isinstance(m, DegreeLinear)],
             device.type if device.type == "cpu" else torch.cuda.get_device_name(device),
             torch.get_num_threads(), torch.get_float32_matmul_precision(), torch.backends.cpu.get_cpu_capability(),
-            torch.__version__, platform.machine(), sources(),
+            torch.__version__, processor(), sources(),
         ]  # fmt: skip
         with cache_folder(facts) as folder:
             path, constants_path = folder / "step.bin", folder / "constants.safetensors"
@@ -119,11 +119,16 @@ class CompiledStep:
             self.cached = False
             graph, constants = self._traced(parameters, blocks, inputs)
             placeholders = [node.meta["val"] for node in graph.graph.nodes if node.op == "placeholder"]
-            function = torch._inductor.standalone_compile(
-                graph, placeholders, dynamic_shapes="from_graph", options={"config_patches": options}
-            )
+            with refused_compiler():
+                function = torch._inductor.standalone_compile(
+                    graph, placeholders, dynamic_shapes="from_graph", options={"config_patches": options}
+                )
             names = [f"{i:04d}" for i in range(len(constants))]
-            save_file(dict(zip(names, constants, strict=True)), constants_path)
+            aside = (
+                folder / f"constants.{platform.node()}.{os.getpid()}.partial"
+            )  # another run may have the file mapped
+            save_file(dict(zip(names, constants, strict=True)), aside)
+            aside.replace(constants_path)
             function.save(path=str(path), format="binary")
             return partial(function, *constants)
 
@@ -273,6 +278,14 @@ def sources() -> str:
     return digest.hexdigest()
 
 
+def processor() -> str:
+    """Return what a compiler knows the processor by: Inductor compiles for it alone, and clusters share homes."""
+    keys = ("model name", "flags", "CPU implementer", "CPU part", "Features")
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().split("\n\n")[0].splitlines() if path.exists() else []
+    return "\n".join([platform.machine(), *(line for line in lines if line.startswith(keys))])
+
+
 @contextmanager
 def cache_folder(facts: Sequence[object]) -> Iterator[Path]:
     """Point Inductor to a folder for these facts under TORCHINDUCTOR_CACHE_DIR, or under the user's cache."""
@@ -295,6 +308,29 @@ def cache_folder(facts: Sequence[object]) -> Iterator[Path]:
             del os.environ[name]
         else:
             os.environ[name] = before
+
+
+@contextmanager
+def refused_compiler() -> Iterator[None]:
+    """Say what a compiler that does not work said.
+
+    Raises:
+        InputError: with its first error.
+    """
+    from torch._inductor.exc import CppCompileError, InvalidCxxCompiler
+
+    try:
+        yield
+    except RuntimeError as error:
+        inner = getattr(error, "inner_exception", error)
+        if not isinstance(inner, CppCompileError | InvalidCxxCompiler):
+            raise
+        lines = str(getattr(inner, "output", inner)).strip().splitlines()
+        first = next((line for line in lines if "error" in line), lines[0] if lines else "it says nothing")
+        raise InputError(
+            f"train.compile: the C++ compiler failed: {first.strip()}; it needs its own and Python's headers "
+            "(g++, python3-dev), or leave train.compile out"
+        ) from error
 
 
 def require_compiler() -> None:

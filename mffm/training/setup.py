@@ -70,10 +70,13 @@ def prepare(recipe: Recipe, saved: PotentialSpec | None = None) -> Setup:
     recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update=pins)})
     fidelities = FidelityTable(store.fidelities[name] for name in recipe.fidelities)
     base = load(recipe.start_from) if recipe.start_from and saved is None else None
-    for other, path in ((base.spec if base else None, recipe.start_from), (saved, recipe.run_folder)):
+    for other, path, init_from in (
+        (base.spec if base else None, recipe.start_from, recipe.model.init_from),
+        (saved, recipe.run_folder, {}),
+    ):
         if other is not None:
             _require_same_backbone(recipe, other, str(path))
-            _require_same_d3(recipe, other, str(path))
+            _require_same_d3(recipe, other, str(path), init_from)
     cutoff = recipe.model.backbone.cutoff
     pools = build_pools(store, recipe.data.plan, fidelities, cutoff)
     plan = Plan(pools, recipe.data.plan, recipe.seed)
@@ -112,7 +115,7 @@ def _require_same_backbone(recipe: Recipe, other: PotentialSpec, path: str) -> N
     Raises:
         InputError: with every key that differs and both values.
     """
-    mine, theirs = (m.backbone.model_dump(exclude={"weights"}) for m in (recipe.model, other.model))
+    mine, theirs = (m.backbone.model_dump(exclude={"weights", "size"}) for m in (recipe.model, other.model))
     keys = sorted(set(mine) | set(theirs))
     differing = [f"{k}: {mine.get(k)} here, {theirs.get(k)} there" for k in keys if mine.get(k) != theirs.get(k)]
     if differing:
@@ -121,14 +124,14 @@ def _require_same_backbone(recipe: Recipe, other: PotentialSpec, path: str) -> N
         )
 
 
-def _require_same_d3(recipe: Recipe, other: PotentialSpec, path: str) -> None:
+def _require_same_d3(recipe: Recipe, other: PotentialSpec, path: str, init_from: Mapping[str, str]) -> None:
     """Weights and references that learned the rest of DFT-D3 mean something with the same DFT-D3 alone.
 
     Raises:
         InputError: with the fidelity and both settings.
     """
     for name in recipe.fidelities:
-        source = recipe.model.init_from.get(name, name)
+        source = init_from.get(name, name)
         mine, theirs = recipe.model.d3.get(name), other.model.d3.get(source)
         if source in other.fidelities and mine != theirs:
             shown = [c.model_dump(mode="json") if c else "none" for c in (mine, theirs)]

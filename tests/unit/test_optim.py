@@ -13,6 +13,7 @@ from mffm.optim import (
     FIRST_TURNS,
     MovingAverage,
     by_matrix,
+    decays,
     learning_rate,
     make_optimizer,
     state_shapes,
@@ -46,6 +47,12 @@ def test_biases_gains_and_fidelity_offsets_do_not_decay(heads, conditioning):
         leaf = name.rpartition(".")[2] if not name.rpartition(".")[2].isdigit() else name.split(".")[-2]
         is_offset = leaf in ("bias", "biases", "trunk_bias", "table") or ".norm." in name
         assert decay[id(p)] == (0.0 if is_offset else 0.5), name
+
+
+def test_norm_gains_of_escn_do_not_decay():
+    gains = torch.ones(3, 64)  # of each degree
+    assert not decays("terms.learned.backbone.escn.blocks.0.norm_1.affine_weight", gains)
+    assert decays("terms.learned.backbone.escn.blocks.0.atom_wise.so3_linear_1.weight", gains)
 
 
 def small(heads: str = "independent") -> Potential:

@@ -3,6 +3,7 @@
 import pytest
 
 from mffm.config.base import validate
+from mffm.config.model import DensityConfig, ModelConfig
 from mffm.config.recipe import DeepSpeedSection, OptimConfig, Recipe
 from mffm.errors import InputError
 
@@ -82,3 +83,17 @@ def test_direct_heads_need_labels(pools: dict, model: dict, loss: dict, reason: 
         return
     with pytest.raises(InputError, match=reason):
         validate(Recipe, content, "test")
+
+
+def test_named_size_is_resolved_and_stays_what_it_says():
+    """What a run writes down reads as the same; a name never stands beside the values of another."""
+    small = validate(DensityConfig, {"size": "S"}, "test")
+    assert (small.size, small.channels, small.edge_channels, small.layers) == ("S", 96, 32, 2)
+    wide = validate(DensityConfig, {"size": "S", "channels": 128}, "test")
+    assert (wide.size, wide.channels, wide.edge_channels) == (None, 128, 32)
+    for config in (small, wide):
+        assert validate(DensityConfig, config.model_dump(), "test") == config
+    with pytest.raises(InputError, match=r"size M names nothing: channels: 96, .* are given"):
+        validate(DensityConfig, {**small.model_dump(), "size": "M"}, "test")
+    with pytest.raises(InputError, match="size: unknown key"):
+        validate(ModelConfig, {"backbone": {"kind": "escn", "size": "S"}}, "test")

@@ -86,3 +86,21 @@ def test_no_compiler_is_one_clear_error(make_recipe: Callable[..., Path], tmp_pa
     assert done.returncode == 2
     assert "train.compile needs a C++ compiler" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+def test_compiler_that_fails_is_one_clear_error(make_recipe: Callable[..., Path], tmp_path: Path) -> None:
+    backbone = {**TINY, "cutoff": 4.0, "lmax": 0, "body_order": 2}
+    recipe = make_recipe(train={"steps": 1, "compile": True}, model={"backbone": backbone})
+    compiler = tmp_path / "g++"
+    compiler.write_text(
+        '#!/bin/sh\n[ "$1" = --version ] && exec g++ --version\necho "fatal error: Python.h" >&2\nexit 1\n'
+    )
+    compiler.chmod(0o755)
+    environment = {**os.environ, "CXX": str(compiler), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    done = subprocess.run(
+        [sys.executable, "-m", "mffm", "train", str(recipe)], capture_output=True, text=True, env=environment
+    )
+    assert done.returncode == 2, done.stderr[-2000:]
+    assert "the C++ compiler failed: fatal error: Python.h" in done.stderr
+    assert "Traceback" not in done.stderr
