@@ -3,12 +3,13 @@
     python tools/peers/install.py all
     OMP_NUM_THREADS=1 python tools/bench_backbones.py [--edges 6000] [--rounds 5] [--only C64,MACE]
 
-Shipped crystals, cutoff 5 Å, energy + forces + stress, float32, eager, one thread, the same allocator setting for all.
+Shipped crystals, cutoff 5 Å, energy + forces + stress, float32, one thread, the same allocator setting for all.
 Every model is a process of its own, in its package's environment, and waits for its turn: one inference and one
 conservative training step (double backward, no optimiser) each a round. Times are CPU times, the median over the
 rounds; ratios are of a round's. Memory is the peak of the resident size in a training step above its start.
 eSCN-MD is fairchem's own code behind this package's edges and heads; SevenNet's models are its released ones; MACE and
-NequIP have fresh weights. cuEquivariance and OpenEquivariance (MACE, SevenNet, NequIP) and FlashTP (SevenNet) are for
+NequIP have fresh weights. The compiled row trains by ``train.compile``, which takes minutes at its first start; its
+inference is eager. cuEquivariance and OpenEquivariance (MACE, SevenNet, NequIP) and FlashTP (SevenNet) are for
 GPUs and take no part.
 """
 
@@ -40,6 +41,7 @@ ESCN = {"kind": "escn"}
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "density, C64, lmax 2": ("mffm", {"channels": 64, "edge_channels": 64}),
     "density, C64, lmax 2, 32 on edges (default)": ("mffm", {"channels": 64, "edge_channels": 32}),
+    "density, C64, lmax 2, compiled": ("mffm", {"channels": 64, "edge_channels": 64, "compiled": True}),
     "density, C128, lmax 3, 48 on edges": ("mffm", {"channels": 128, "edge_channels": 48, "lmax": 3}),
     "eSCN-MD, C64, lmax 2, mmax 2": (
         "mffm", {**ESCN, "sphere_channels": 64, "hidden_channels": 64, "edge_channels": 64},

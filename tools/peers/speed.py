@@ -20,7 +20,7 @@ import torch
 from clock import prepare
 
 CUTOFF = 5.0
-Step = Callable[[bool], tuple[torch.Tensor, torch.Tensor, torch.Tensor]]  # training → energy, forces, stress
+Step = Callable[[bool], tuple[torch.Tensor, ...]]  # training → energy, forces, stress
 
 
 def mffm(options: dict[str, Any], frames: str) -> tuple[torch.nn.Module, Step, dict[str, int]]:
@@ -30,7 +30,8 @@ def mffm(options: dict[str, Any], frames: str) -> tuple[torch.nn.Module, Step, d
     from mffm.keys import PROPERTIES
     from mffm.models.potential import Potential
 
-    given = json.loads(frames)
+    given, options = json.loads(frames), dict(options)
+    compiled = options.pop("compiled", False)
     store, rows, fidelity = Store(given["store"]), given["rows"], given["fidelity"]
     backbone = {"cutoff": CUTOFF, "layers": 2, **options}
     torch.manual_seed(0)
@@ -40,11 +41,31 @@ def mffm(options: dict[str, Any], frames: str) -> tuple[torch.nn.Module, Step, d
     batch = collate(store, rows, [table.index(fidelity)] * n, table, [PROPERTIES] * n, CUTOFF)
     batch = batch.with_fidelity(torch.zeros(n, dtype=torch.int64))
 
-    def step(_: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    loss = compiled_loss(potential, batch, fidelity) if compiled else None
+
+    def step(training: bool) -> tuple[torch.Tensor, ...]:
+        if training and loss is not None:
+            return (loss(),)
         p = potential(batch, forces=True, stress=True)
         return p.energy, p.forces, p.stress
 
     return potential, step, {"n_edges": batch.n_edges, "n_atoms": len(batch.atomic_numbers), "layers": 2}
+
+
+def compiled_loss(potential: Any, batch: Any, fidelity: str) -> Callable[[], torch.Tensor]:
+    """Return the loss of ``train.compile`` on the batch: mean squares of energy, forces and stress, and its gradient."""
+    from mffm.config.recipe import LossConfig, TermConfig
+    from mffm.keys import PROPERTIES
+    from mffm.loss import Loss
+    from mffm.training.compiled import CompiledStep
+
+    term, n = TermConfig(form="mse"), batch.n_systems
+    batch.masks = {p: torch.ones(n, dtype=torch.bool) for p in PROPERTIES}
+    loss = Loss(LossConfig(energy=term, forces=term, stress=term), [fidelity], {(0, p): 1 for p in PROPERTIES})
+    divisors = loss.divisors({(0, p): float(n) for p in PROPERTIES}, {})
+    reference = torch.zeros(n, dtype=torch.float64)
+    step = CompiledStep(potential, loss, batch.n_edges / len(batch.atomic_numbers))
+    return lambda: step(list(potential.parameters()), batch, reference, divisors)[0]
 
 
 def mace(options: dict[str, Any], frames: str) -> tuple[torch.nn.Module, Step, dict[str, int]]:
