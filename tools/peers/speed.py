@@ -53,7 +53,7 @@ def mffm(options: dict[str, Any], frames: str) -> tuple[torch.nn.Module, Step, d
 
 
 def compiled_loss(potential: Any, batch: Any, fidelity: str) -> Callable[[], torch.Tensor]:
-    """Return the loss of ``train.compile`` on the batch: mean squares of energy, forces and stress, and its gradient."""
+    """Return ``train.compile``'s loss of the batch: mean squares of energy, forces and stress."""
     from mffm.config.recipe import LossConfig, TermConfig
     from mffm.keys import PROPERTIES
     from mffm.loss import Loss
