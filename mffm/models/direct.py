@@ -57,16 +57,15 @@ class DirectHeads(nn.Module):
         invariant = features[0][0]
         forces = (features[1] * self.forces(invariant, fidelity_idx)).sum(-1).t()
         if self._zero_net_force:
-            net = forces.new_zeros(batch.n_systems, 3).index_add(0, batch.system_idx, forces)
-            forces = forces - (net / batch.n_atoms.unsqueeze(1).to(net)).index_select(0, batch.system_idx)
+            net = batch.system_sums(forces)
+            forces = forces - batch.of_systems(net / batch.n_atoms.unsqueeze(1).to(net))
         if self.stress is None:
             return forces, None
         coefficients = self.stress(invariant, fidelity_idx)
         traceless = (features[2] * coefficients[:, :-1]).sum(-1).t() @ self._matrices.like(invariant)
         unit = torch.eye(3, dtype=invariant.dtype, device=invariant.device).flatten()
         shares = traceless + coefficients[:, -1:] * unit
-        virial = shares.new_zeros(batch.n_systems, 9).index_add(0, batch.system_idx, shares)
-        return forces, virial.view(-1, 3, 3)
+        return forces, batch.system_sums(shares).view(-1, 3, 3)
 
     def load_folded(self, other: "DirectHeads", fidelity: str, shift: Tensor | None) -> None:
         """Take the weights of one fidelity of other heads, for features + shift [n_features]."""

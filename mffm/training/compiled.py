@@ -124,9 +124,8 @@ class CompiledStep:
                     graph, placeholders, dynamic_shapes="from_graph", options={"config_patches": options}
                 )
             names = [f"{i:04d}" for i in range(len(constants))]
-            aside = (
-                folder / f"constants.{platform.node()}.{os.getpid()}.partial"
-            )  # another run may have the file mapped
+            # written aside, as another run may have the file mapped
+            aside = folder / f"constants.{platform.node()}.{os.getpid()}.partial"
             save_file(dict(zip(names, constants, strict=True)), aside)
             aside.replace(constants_path)
             function.save(path=str(path), format="binary")
