@@ -106,22 +106,27 @@ def validate(schema: type[S], content: Mapping[str, Any], place: str) -> S:
 def _known_keys(schema: type[BaseModel], loc: tuple[int | str, ...]) -> list[str]:
     """Return the keys that the schema at ``loc[:-1]`` knows; empty where it cannot be told."""
     current: Any = schema
+    union: list[type[BaseModel]] = []
     for part in loc[:-1]:
         if isinstance(current, type) and issubclass(current, BaseModel) and part in current.model_fields:
-            current = _inner_schema(current.model_fields[str(part)].annotation)
+            union = _schemas_in(current.model_fields[str(part)].annotation)
+            current = union[0] if union else None
+        elif tagged := [m for m in union if m.model_fields.get("kind") and part in _values(m, "kind")]:
+            current = tagged[0]
         elif not (isinstance(part, int) or current is not None):
             return []
     return list(current.model_fields) if isinstance(current, type) and issubclass(current, BaseModel) else []
 
 
-def _inner_schema(annotation: Any) -> Any:
+def _values(schema: type[BaseModel], key: str) -> tuple[Any, ...]:
+    return getattr(schema.model_fields[key].annotation, "__args__", ())
+
+
+def _schemas_in(annotation: Any) -> list[type[BaseModel]]:
+    """Return the schemas in an annotation: several of a union."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    for arg in getattr(annotation, "__args__", ()):
-        inner = _inner_schema(arg)
-        if inner is not None:
-            return inner
-    return None
+        return [annotation]
+    return [schema for arg in getattr(annotation, "__args__", ()) for schema in _schemas_in(arg)]
 
 
 def load(schema: type[S], path: Path | str, overrides: Sequence[str] = ()) -> S:

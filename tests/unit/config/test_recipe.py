@@ -97,3 +97,14 @@ def test_named_size_is_resolved_and_stays_what_it_says():
         validate(DensityConfig, {**small.model_dump(), "size": "M"}, "test")
     with pytest.raises(InputError, match="size: unknown key"):
         validate(ModelConfig, {"backbone": {"kind": "escn", "size": "S"}}, "test")
+
+
+def test_unknown_key_of_a_backbone_lists_that_ones_keys():
+    recipe = {
+        "name": "x",
+        "data": {"store": "s", "plan": {"pools": [{"fidelity": "a"}], "edge_budget": 1}},
+        "train": {"steps": 1},
+        "model": {"backbone": {"kind": "escn", "size": "S"}},
+    }
+    with pytest.raises(InputError, match=r"model\.backbone\.escn\.size: unknown key; .*sphere_channels"):
+        validate(Recipe, recipe, "test")
