@@ -1,5 +1,6 @@
 """A batch: systems packed end to end, with labels and label masks. Where data, models, loss and optim meet."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -78,15 +79,21 @@ class Batch:
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
         """Return the batch on another device; dtypes stay."""
+        return self._each(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
-        def move(value: Any) -> Any:
+    def pinned(self) -> "Batch":
+        """Return the batch in page-locked memory, from which a copy to a GPU does not hold up the caller."""
+        return self._each(torch.Tensor.pin_memory)
+
+    def _each(self, function: Callable[[Tensor], Tensor]) -> "Batch":
+        def apply(value: Any) -> Any:
             if isinstance(value, tuple | int):
                 return value
             if isinstance(value, dict):
-                return {k: v.to(device, non_blocking=non_blocking) for k, v in value.items()}
-            return value.to(device, non_blocking=non_blocking)
+                return {k: function(v) for k, v in value.items()}
+            return function(value)
 
-        return type(self)(**{f.name: move(getattr(self, f.name)) for f in fields(self)})
+        return type(self)(**{f.name: apply(getattr(self, f.name)) for f in fields(self)})
 
     def system_sums(self, x: Tensor) -> Tensor:
         """Return sums over the atoms of each system: [n_atoms, ...] → [n_systems, ...]."""

@@ -15,11 +15,14 @@ import os
 import resource
 import subprocess
 import sys
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import ase.io
 import yaml
+from ase import Atoms
 
 from mffm.config.base import validate
 from mffm.config.data import DataConfig
@@ -31,6 +34,7 @@ CONFIGS = ROOT / "configs" / "bake_off"
 LOG = ROOT / "docs" / "bake_off.jsonl"
 PROBE_STEPS = 60
 ACAC = "botnet/dataset_acac"
+BPA = "botnet/dataset_3BPA"
 CRYSTALS = "mattersim_pbe"
 # store → files, labels, split. Test sets are stores of their own.
 STORES: dict[str, dict[str, Any]] = {
@@ -39,6 +43,12 @@ STORES: dict[str, dict[str, Any]] = {
     "acac-600K": {"files": [f"{ACAC}/test_MD_600K.xyz"], "fractions": {"test": 1.0}},
     "acac-dihedral": {"files": [f"{ACAC}/test_dihedral.xyz"], "fractions": {"test": 1.0}, "labels": ["energy"]},
     "acac-transfer": {"files": [f"{ACAC}/test_H_transfer.xyz"], "fractions": {"test": 1.0}, "labels": ["energy"]},
+    # Held out as ``ood``: all frames near trans about the second of the three dihedrals, a sixth of both trajectories.
+    "3bpa": {
+        "files": [f"{BPA}/train_300K.xyz", f"{BPA}/train_mixedT.xyz"],
+        "fractions": {"train": 0.7, "val": 0.1, "test": 0.2},
+        "ood": lambda atoms: 140 <= atoms.info["dihedrals"][1] <= 230,
+    },
     "crystals": {
         "files": [
             f"{CRYSTALS}/{n}.xyz" for n in ("mptrj-random-1k", "mptrj-highest-stress-1k", "alexandria-random-1k")
@@ -47,10 +57,16 @@ STORES: dict[str, dict[str, Any]] = {
         "labels": ["energy", "forces", "stress"],
     },
 }
+LEVELS = {
+    "acac": ("pbe_d3", "UHF-PBE+D3/def2-SVP"), "3bpa": ("wb97x", "wB97X/6-31G(d)"), "crystals": ("pbe_mp", "PBE(+U)"),
+}  # fmt: skip
+# set → test → (store, split)
 TESTS = {
-    "acac": ["acac-300K", "acac-600K", "acac-dihedral", "acac-transfer"],
-    "crystals": ["crystals"],
+    "acac": {n: (n, "test") for n in ("acac-300K", "acac-600K", "acac-dihedral", "acac-transfer")},
+    "3bpa": {"3bpa": ("3bpa", "test"), "3bpa-ood": ("3bpa", "ood")},
+    "crystals": {"crystals": ("crystals", "test")},
 }
+N_ATOMS = {"acac": 15, "3bpa": 27, "crystals": 1}  # energies of molecules are of the molecule, not of an atom
 
 
 def make_store(name: str, cutoff: float) -> Path:
@@ -58,17 +74,19 @@ def make_store(name: str, cutoff: float) -> Path:
     path = ROOT / "stores" / "bake_off" / name
     if not (path / "manifest.json").exists():
         spec, data = STORES[name], Path(os.environ["MFFM_DATA"])
-        fidelity, level = ("pbe_mp", "PBE(+U)") if name == "crystals" else ("pbe_d3", "UHF-PBE+D3/def2-SVP")
+        fidelity, level = LEVELS[name.split("-")[0]]
         labels = {prop: prop for prop in spec.get("labels", ["energy", "forces"])}
         source = {
             "name": name,
-            "path": [str(data / f) for f in spec["files"]],
+            "path": [marked(data / f, spec["ood"]) if "ood" in spec else str(data / f) for f in spec["files"]],
             "licence": "MIT",
             "labels": {fidelity: labels},
         }
         splits: dict[str, Any] = {"fractions": spec["fractions"]}
         if name == "crystals":
             source["group_key"], splits["by"] = "formula", "group"
+        if "ood" in spec:
+            splits["key"] = "split"
         config = {
             "store": str(path), "fidelities": {fidelity: {"level_of_theory": level}}, "sources": [source],
             "splits": splits, "cutoffs": [cutoff], "duplicates": "skip",
@@ -76,6 +94,18 @@ def make_store(name: str, cutoff: float) -> Path:
         ingest(validate(DataConfig, config, name), ROOT, progress=False)
     count_edges(path, cutoff)
     return path
+
+
+def marked(path: Path, held_out: Callable[[Atoms], bool]) -> str:
+    """Write the frames again, with an info ``split`` of ``ood`` where they are held out; return where."""
+    target = ROOT / "stores" / "bake_off" / f"marked-{path.name}"
+    frames = ase.io.read(path, ":")
+    for atoms in frames:
+        if held_out(atoms):
+            atoms.info["split"] = "ood"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    ase.io.write(target, frames, format="extxyz")
+    return str(target)
 
 
 def commit() -> str:
@@ -116,13 +146,12 @@ def steps_within(dataset: str, variant: list[str], folder: Path, minutes: float)
 def errors(run: Path, dataset: str, cutoff: float) -> dict[str, float]:
     """Return the errors on the test sets: <set>/<property>_<measure>; energies of molecules in meV, not per atom."""
     found = {}
-    for name in TESTS[dataset]:
-        store = make_store(name, cutoff)
+    for name, (source, split) in TESTS[dataset].items():
+        store = make_store(source, cutoff)
         output = run / "tests" / name
-        mffm("evaluate", str(run), "--store", str(store), "--split", "test", "--output", str(output))
-        n_atoms = 15 if dataset == "acac" else 1
-        for row in json.loads((output / "evaluation-test.json").read_text())["rows"]:
-            factor = n_atoms if row["property"] == "energy" else 1
+        mffm("evaluate", str(run), "--store", str(store), "--split", split, "--output", str(output))
+        for row in json.loads((output / f"evaluation-{split}.json").read_text())["rows"]:
+            factor = N_ATOMS[dataset] if row["property"] == "energy" else 1
             for measure in ("mae", "rmse", "bias"):
                 found[f"{name}/{row['property']}_{measure}"] = row[measure] * factor
     return found
@@ -165,21 +194,36 @@ def run_one(dataset: str, name: str, changes: list[str], minutes: float | None, 
     print(f"{dataset} {name} seed {seed}: {shown(row)}", flush=True)
 
 
+# set → columns: (title, key of a row's errors)
+COLUMNS = {
+    "acac": [
+        ("energy 300 K, meV", "acac-300K/energy_rmse"), ("forces 300 K, meV/Å", "acac-300K/forces_rmse"),
+        ("energy 600 K", "acac-600K/energy_rmse"), ("forces 600 K", "acac-600K/forces_rmse"),
+    ],
+    "3bpa": [
+        ("energy, meV", "3bpa/energy_rmse"), ("forces, meV/Å", "3bpa/forces_rmse"),
+        ("held-out dihedral: energy", "3bpa-ood/energy_rmse"), ("forces", "3bpa-ood/forces_rmse"),
+    ],
+    "crystals": [
+        ("energy MAE, meV/atom", "crystals/energy_mae"), ("forces MAE, meV/Å", "crystals/forces_mae"),
+        ("stress MAE, meV/Å³", "crystals/stress_mae"),
+    ],
+}  # fmt: skip
+
+
 def shown(row: dict[str, Any]) -> str:
-    keys = ["acac-300K/energy_rmse", "acac-300K/forces_rmse", "acac-600K/energy_rmse", "acac-600K/forces_rmse"]
-    if row["dataset"] == "crystals":
-        keys = ["crystals/energy_mae", "crystals/forces_mae", "crystals/stress_mae"]
-    return " | ".join(f"{row['errors'][k]:.2f}" for k in keys)
+    return " | ".join(f"{row['errors'][key]:.2f}" for _, key in COLUMNS[row["dataset"]])
 
 
 def table(dataset: str) -> None:
-    head = "energy 300 K, meV | forces 300 K, meV/Å | energy 600 K | forces 600 K"
-    if dataset == "crystals":
-        head = "energy MAE, meV/atom | forces MAE, meV/Å | stress MAE, meV/Å³"
-    print(f"| variant | CPU min | steps | seed | {head} |")
-    print("|" + "---|" * (5 + head.count("|")))
+    head = " | ".join(title for title, _ in COLUMNS[dataset])
+    print(f"| variant | commit | CPU min | steps | seed | {head} |")
+    print("|" + "---|" * (6 + head.count("|")))
     for row in rows(dataset):
-        print(f"| {row['variant']} | {row['cpu_s'] / 60:.1f} | {row['steps']} | {row['seed']} | {shown(row)} |")
+        print(
+            f"| {row['variant']} | {row['commit']} | {row['cpu_s'] / 60:.1f} | {row['steps']} | {row['seed']} "
+            f"| {shown(row)} |"
+        )
 
 
 def main() -> None:

@@ -1,12 +1,13 @@
 """The named sizes of the density backbone, as markdown: parameters, FLOPs, memory, throughput, place on the roofline.
 
-    OMP_NUM_THREADS=1 python tools/bench_sizes.py [--sizes S,M,L] [--edges 3000] [--rounds 3]
+    OMP_NUM_THREADS=1 python tools/bench_sizes.py [--sizes S,M,L] [--edges 3000] [--rounds 3] [--compile]
 
 A conservative training step (energy, forces, stress; double backward, no optimiser) on shipped crystals, cutoff 5 Å,
 float32, one thread. FLOPs are counted by formula (below), padding and whatever else the code does not count: a matrix
 product x W costs 1 forward, 1 in the force pass, 2 + 2 in the backward of both. The roofline is that of this machine,
 measured in the same run: the best matrix product of 256 to 1024 rows, the best copy of 256 MiB. Times are CPU times,
-the median over the rounds. Memory is the peak of the resident size in a step above its start, in a fresh process.
+the median over the rounds. ``--compile``: by train.compile, minutes at the first start. Memory is the peak of the
+resident size in a step above its start, in a fresh process.
 """
 
 import argparse
@@ -34,6 +35,9 @@ from mffm.keys import PROPERTIES
 from mffm.models.density import DegreeLinear, DensityBackbone, Layer
 from mffm.models.potential import Potential
 
+sys.path.append(str(Path(__file__).parent / "peers"))
+from speed import compiled_loss
+
 ROOT = Path(__file__).parents[1]
 CUTOFF = 5.0
 FIDELITY = "pbe_gpaw"
@@ -52,7 +56,7 @@ def layer_flops(layer: Layer, config: DensityConfig) -> tuple[float, float]:
     """Return the FLOPs of a training step in a layer: of an atom, of an edge."""
     width = (layer._l_in + 1) ** 2 * config.edge_channels  # numbers that a sender sends
     message, total = (config.lmax + 1) * width, 2 * (config.lmax + 1) ** 2 * width
-    radial = 2 * config.radial_hidden * (config.lmax + 1) * config.edge_channels
+    radial = 2 * layer.radial.numel()
     # density_sum: value M + S, gradient 5 M + 2 S, its gradient 12 M + 5 S
     edge = LINEAR * radial + 18.0 * message + 8.0 * total
     products, update = layer.products, layer.feed_forward
@@ -70,8 +74,8 @@ def step_flops(potential: Potential, n_atoms: int, n_edges: int) -> float:
     """Return the useful FLOPs of a conservative training step."""
     backbone = potential.learned.backbone
     assert isinstance(backbone, DensityBackbone)
-    trunk = LINEAR * 2.0 * sum(w.numel() for w in backbone.trunk)
     heads = LINEAR * 2.0 * sum(p.numel() for p in potential.learned.heads.parameters())
+    trunk = LINEAR * 2.0 * sum(w.numel() for w in backbone.trunk)
     per_atom, per_edge = heads, trunk
     for layer in backbone.layers:
         assert isinstance(layer, Layer)
@@ -114,16 +118,22 @@ def make(size: str, store: Path, n_edges: int) -> tuple[Potential, Batch]:
     return potential, batch.with_fidelity(torch.zeros(len(rows), dtype=torch.int64))
 
 
-def measure(size: str, store: Path, n_edges: int, rounds: int) -> dict[str, float]:
+def measure(size: str, store: Path, n_edges: int, rounds: int, compiled: bool) -> dict[str, float]:
     potential, batch = make(size, store, n_edges)
+    loss = compiled_loss(potential, batch, FIDELITY) if compiled else None
 
     def step() -> None:
         potential.zero_grad(set_to_none=True)
+        if loss is not None:
+            loss().backward()
+            return
         p = potential(batch, forces=True, stress=True)
         assert p.forces is not None
         assert p.stress is not None
         (p.energy.square().mean() + p.forces.square().mean() + p.stress.square().mean()).backward()
 
+    if compiled:
+        step()
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     step()
     peak = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
@@ -146,12 +156,13 @@ def main() -> None:
     parser.add_argument("--sizes", default=",".join(SIZES))
     parser.add_argument("--edges", type=int, default=3000)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--compile", action="store_true", help="measure the compiled step")
     parser.add_argument("--measure", nargs=2, metavar=("SIZE", "STORE"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(1)
     distributed.tune_allocator()
     if args.measure:
-        print(json.dumps(measure(args.measure[0], Path(args.measure[1]), args.edges, args.rounds)))
+        print(json.dumps(measure(args.measure[0], Path(args.measure[1]), args.edges, args.rounds, args.compile)))
         return
     found = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -160,6 +171,7 @@ def main() -> None:
         ingest(load(DataConfig, data), data.parent, store, progress=False)
         for size in args.sizes.split(","):
             command = [sys.executable, __file__, "--edges", str(args.edges), "--rounds", str(args.rounds)]
+            command += ["--compile"] if args.compile else []
             done = subprocess.run([*command, "--measure", size, str(store)], capture_output=True, text=True)
             if done.returncode:
                 raise SystemExit(f"{size}: {done.stderr[-2000:]}")

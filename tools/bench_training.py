@@ -66,6 +66,7 @@ SEVENNET_CRYSTALS = {
     "train": {"loss": "Huber", "loss_param": {"delta": 0.01}, "force_loss_weight": 1.0, "stress_loss_weight": 0.01},
     "data": {"shift": "elemwise_reference_energies"},
 }
+MFFM = ["train.compile=true"]
 ESCN = [
     "model.backbone={kind: escn, cutoff: 5.0, sphere_channels: 64, hidden_channels: 64, edge_channels: 64}",
     "optim.kind=adamw",
@@ -74,7 +75,7 @@ ESCN = [
 # entry → trainer, frames a step, options of its train_<trainer>.py; by set
 ENTRIES: dict[str, dict[str, tuple[str, int, dict[str, Any]]]] = {
     "acac": {
-        "mffm": ("mffm", 9, {"changes": []}),
+        "mffm": ("mffm", 9, {"changes": MFFM}),
         "escn": ("mffm", 9, {"changes": ESCN}),
         "mace": ("mace", 5, {**MACE, **BIG}),
         "mace-64": ("mace", 5, {**MACE, **SMALL}),
@@ -84,7 +85,7 @@ ENTRIES: dict[str, dict[str, tuple[str, int, dict[str, Any]]]] = {
         "nequip-l2": ("nequip", 5, {"model": {"l_max": 2, "num_features": 64}}),
     },
     "crystals": {
-        "mffm": ("mffm", 16, {"changes": []}),
+        "mffm": ("mffm", 16, {"changes": MFFM}),
         "escn": ("mffm", 16, {"changes": ESCN}),
         "mace": ("mace", 16, {**MACE_CRYSTALS, **BIG}),
         "mace-64": ("mace", 16, {**MACE_CRYSTALS, **SMALL}),

@@ -33,7 +33,12 @@ class DensityConfig(Schema):
         32, ge=1, description="channels of an edge: the sender's features are projected to these"
     )
     n_radial: int = Field(8, ge=2, description="Bessel functions")
-    radial_hidden: int = Field(64, ge=1, description="width of the radial trunk shared by all layers")
+    radial_hidden: int = Field(
+        64,
+        ge=0,
+        description="width of an MLP of the Bessel functions, shared by all layers; 0: radial functions linear in "
+        "them, which extrapolate better, best with one an Å of cutoff",
+    )
     body_order: int = Field(
         4, ge=2, le=4, description="2: density; 3: its square; 4: its cube; on atoms, channel by channel"
     )

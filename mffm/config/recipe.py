@@ -57,6 +57,9 @@ class DataSection(Schema):
         None, description="fingerprint of the store with these layers; another one is an error"
     )
     plan: PlanConfig
+    loader_threads: int | None = Field(
+        None, ge=1, description="that make batches ahead of the training; None: up to 4 beside a GPU, else 1"
+    )
     validation_split: str = "val"
     validation_max_frames: int | None = Field(None, ge=1)
 

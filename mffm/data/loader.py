@@ -5,6 +5,7 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Collection, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 
 import numpy as np
@@ -201,7 +202,7 @@ def evaluation_batches(
 
 
 class Loader:
-    """Reads ahead the microbatches of one rank in a thread (vesin and numpy release the GIL).
+    """Reads ahead the microbatches of one rank in threads (vesin and most of numpy release the GIL).
 
     Iterating yields ``(step plan, microbatches of this rank, cursor after the step)``. The cursor to save in a
     checkpoint is the one that came with the last step consumed; what was read ahead is read again on resume.
@@ -222,6 +223,8 @@ class Loader:
         dtype: torch.dtype = torch.float32,
         last_step: int | None = None,
         prefetch: int = 2,
+        threads: int = 1,
+        pinned: bool = False,
     ):
         """Start reading.
 
@@ -231,12 +234,17 @@ class Loader:
             rank, world_size: whose share of each step.
             dtype: see ``collate``.
             last_step: steps before this number are read, then iteration ends; None: endless.
-            prefetch: steps that may lie ready.
+            prefetch: steps that may lie ready or be in the making.
+            threads: that make batches, a step each.
+            pinned: give batches in page-locked memory, for training on a GPU.
         """
         self._store, self._plan, self._fidelities, self._cutoff = store, plan, fidelities, cutoff
         self._rank, self._world_size, self._dtype = rank, world_size, dtype
-        self._last_step = last_step
-        self._queue: queue.Queue[tuple[StepPlan, list[Batch], Cursor] | BaseException | None] = queue.Queue(prefetch)
+        self._last_step, self._pinned = last_step, pinned
+        self._queue: queue.Queue[tuple[StepPlan, Future[list[Batch]], Cursor] | BaseException | None] = queue.Queue(
+            max(prefetch, threads)
+        )
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="mffm-batches")
         self._stop = threading.Event()
         self._ended = False
         self._thread = threading.Thread(
@@ -252,20 +260,25 @@ class Loader:
 
         Raises:
             StopIteration: after ``last_step`` or ``close``.
-            BaseException: whatever stopped the thread, once; then StopIteration.
+            BaseException: whatever stopped a thread, once; then StopIteration.
         """
         if self._ended:
             raise StopIteration
         item = self._queue.get()
         if isinstance(item, tuple):
-            return item
+            step, batches, cursor = item
+            try:
+                return step, batches.result(), cursor
+            except BaseException:
+                self.close()
+                raise
         self.close()
         if item is None:
             raise StopIteration
         raise item
 
     def close(self) -> None:
-        """Stop the thread and wait for it; calling it again does nothing."""
+        """Stop the threads and wait for them; calling it again does nothing."""
         self._ended = True
         self._stop.set()
         while self._thread.is_alive():
@@ -273,6 +286,7 @@ class Loader:
                 self._queue.get_nowait()
             except queue.Empty:
                 self._thread.join(timeout=0.01)
+        self._pool.shutdown(cancel_futures=True)
 
     def __enter__(self) -> Loader:
         return self
@@ -286,11 +300,12 @@ class Loader:
         try:
             while not self._stop.is_set() and (self._last_step is None or cursor.step < self._last_step):
                 step, cursor = self._plan.step(cursor)
-                self._queue.put((step, self._microbatches(step), cursor))
+                self._queue.put((step, self._pool.submit(self._microbatches, step), cursor))
             self._queue.put(None)
         except BaseException as error:  # noqa: BLE001 - the caller raises it
             self._queue.put(error)
 
     def _microbatches(self, step: StepPlan) -> list[Batch]:
         bins = step.partition(self._world_size, self._plan.n_microbatches(self._world_size))[self._rank]
-        return [microbatch(self._store, step, items, self._fidelities, self._cutoff, self._dtype) for items in bins]
+        read = (microbatch(self._store, step, i, self._fidelities, self._cutoff, self._dtype) for i in bins)
+        return [batch.pinned() if self._pinned else batch for batch in read]

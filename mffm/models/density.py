@@ -84,7 +84,7 @@ class EdgeBasis(NamedTuple):
 
     Attributes:
         harmonics: [n_slots, (lmax + 1)^2].
-        radial: [n_slots, radial_hidden], smooth functions of the distance times the envelope.
+        radial: [n_slots, radial_hidden, or n_radial], smooth functions of the distance times the envelope.
     """
 
     harmonics: Tensor
@@ -274,9 +274,8 @@ class Layer(nn.Module):
         self._l_products = max(l_out, l_extra)
         self.norm = DegreeNorm(l_in, c)
         self.send = DegreeLinear([c] * (l_in + 1), [c_edge] * (l_in + 1))
-        self.radial = normal_parameter(
-            config.radial_hidden, (lmax + 1) * c_edge, fan_in=config.radial_hidden, gain=SILU_GAIN
-        )
+        n_radial, gain = (config.radial_hidden, SILU_GAIN) if config.radial_hidden else (config.n_radial, 1.0)
+        self.radial = normal_parameter(n_radial, (lmax + 1) * c_edge, fan_in=n_radial, gain=gain)
         tensor, self._paths = path_tensor(lmax, l_in, lmax)
         self._couple = Constant(tensor.reshape(len(tensor), -1) / sqrt(max(avg_neighbors, 1e-3)))
         # Neighbors of one kind add up coherently: half the gain keeps densities, and their squares, of the order of 1.
@@ -335,13 +334,11 @@ class DensityBackbone(nn.Module):
             for table in (self.charges, self.spins):
                 nn.init.zeros_(table.weight)
         hidden = config.radial_hidden
-        self.trunk = nn.ParameterList(
-            [
-                normal_parameter(config.n_radial, hidden, fan_in=config.n_radial),
-                normal_parameter(hidden, hidden, fan_in=hidden, gain=SILU_GAIN),
-            ]
-        )
-        self.trunk_bias = nn.ParameterList(nn.Parameter(torch.zeros(hidden)) for _ in range(2))
+        self.trunk, self.trunk_bias = nn.ParameterList(), nn.ParameterList()
+        if hidden:
+            self.trunk.append(normal_parameter(config.n_radial, hidden, fan_in=config.n_radial))
+            self.trunk.append(normal_parameter(hidden, hidden, fan_in=hidden, gain=SILU_GAIN))
+            self.trunk_bias.extend(nn.Parameter(torch.zeros(hidden)) for _ in range(2))
         degrees = [0] + [config.l_message] * (config.layers - 1) + [0]
         last = config.layers - 1
         self.layers = nn.ModuleList(

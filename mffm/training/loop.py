@@ -105,6 +105,7 @@ def _run_as_rank(recipe: Recipe, run: Path, resume: bool, ranks: distributed.Ran
     loader = Loader(
         setup.store, setup.plan, setup.fidelities, recipe.model.backbone.cutoff, Cursor.from_dict(state.cursor),
         rank=ranks.rank, world_size=ranks.world_size, last_step=recipe.train.steps,
+        threads=loader_threads(recipe.data.loader_threads, device), pinned=device.type == "cuda",
     )  # fmt: skip
     log = _open_log(run, setup, state, ranks)
     faults.step = lambda: state.step
@@ -165,6 +166,13 @@ def _newest(folder: Path, ranks: distributed.Ranks) -> tuple[Path, TrainState, l
     if name and not ranks.is_main:
         saved = folder / name, checkpoint.read_state(folder / name), []
     return saved
+
+
+def loader_threads(wanted: int | None, device: torch.device) -> int:
+    """Return how many threads make batches: beside a GPU, up to four of this rank's cores; on a CPU one is plenty."""
+    if wanted is not None or device.type != "cuda":
+        return wanted or 1
+    return max(1, min(4, len(os.sched_getaffinity(0)) // max(torch.cuda.device_count(), 1) - 1))
 
 
 def _validator(setup: Setup, table: torch.Tensor, ranks: distributed.Ranks) -> Validator:

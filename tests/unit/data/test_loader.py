@@ -312,6 +312,42 @@ def loader_threads():
     return [t for t in threading.enumerate() if t.name == "mffm-loader"]
 
 
+def test_several_threads_keep_the_order(loader_store):
+    plan = loader_plan(loader_store)
+    read = {}
+    for threads in (1, 3):
+        with Loader(loader_store, plan, LOADER_TABLE, LOADER_CUTOFF, last_step=9, threads=threads) as loader:
+            read[threads] = list(loader)
+    assert len(read[1]) == 9
+    for (_, one, first), (_, other, second) in zip(read[1], read[3], strict=True):
+        assert first == second
+        assert all(torch.equal(a.edge_vectors, b.edge_vectors) for a, b in zip(one, other, strict=True))
+
+
+def test_an_exception_of_one_of_several_threads_comes_at_its_step(loader_store):
+    plan = loader_plan(loader_store)
+    rows = plan.step(plan.step(plan.start())[1])[0].rows.tolist()
+    first = set(plan.step(plan.start())[0].rows.tolist())
+    bad = next(row for row in rows if row not in first)
+
+    class Broken:
+        def __getattr__(self, name):
+            return getattr(loader_store, name)
+
+        def geometry(self, row):
+            if row == bad:
+                raise InputError("shard 3 is damaged")
+            return loader_store.geometry(row)
+
+    loader = Loader(Broken(), plan, LOADER_TABLE, LOADER_CUTOFF, threads=3)
+    next(loader)
+    with pytest.raises(InputError, match="shard 3"):
+        next(loader)
+    with pytest.raises(StopIteration):
+        next(loader)
+    assert not loader_threads()
+
+
 def test_close_stops_a_thread_that_waits_for_room(loader_store):
     loader = Loader(loader_store, loader_plan(loader_store), LOADER_TABLE, LOADER_CUTOFF, prefetch=1)
     next(loader)

@@ -21,6 +21,7 @@ BACKBONES = {
     "default": {},
     "invariant": {"lmax": 0, "l_message": 0, "body_order": 2},
     "quartic": {"lmax": 3, "l_message": 2, "body_order": 4, "ff_expansion": 1},
+    "linear": {"radial_hidden": 0, "body_order": 3},
     "single": {"lmax": 4, "l_message": 0, "layers": 1},
     "escn": {"kind": "escn", "lmax": 2, "mmax": 1, "sphere_channels": 8, "hidden_channels": 6, "n_radial": 8},
 }
