@@ -35,7 +35,7 @@ def main() -> None:
     figure, ax = plt.subplots(figsize=(9.6, 4.6))
     box(ax, 0.1, 3.6, 2.1, "edge vectors", "$r_{ij}$, inside the cutoff", OTHER)
     box(ax, 2.9, 3.6, 2.6, "harmonics, once a step", "$Y_{lm}(\\hat r_{ij})$, $l \\leq$ lmax", EDGE)
-    box(ax, 6.1, 3.6, 3.4, "radial trunk, once a step", "Bessel → 2-layer MLP × envelope", EDGE)
+    box(ax, 6.1, 3.6, 3.4, "radial functions, once a step", "Bessel → MLP (or none) × envelope", EDGE)
     box(ax, 0.1, 1.9, 2.1, "features $h_j$", "$l \\leq$ l_message, channels", ATOM)
     box(ax, 2.9, 1.9, 2.6, "send", "norm, linear per $l$\n→ edge_channels", ATOM)
     box(
@@ -56,7 +56,7 @@ def main() -> None:
     box(ax, 0.1, 0.2, 2.1, "feed-forward", "norm, gated, expansion\n+ residual", ATOM)
     arrow(ax, (2.25, 4.05), (2.85, 4.05))
     ax.plot([1.15, 1.15, 7.8, 7.8], [4.55, 4.75, 4.75, 4.6], color="#333333", lw=1.1)
-    arrow(ax, (7.8, 3.55), (7.8, 2.85), "$R$ = linear(trunk), per layer")
+    arrow(ax, (7.8, 3.55), (7.8, 2.85), "$R$: a linear map, per layer")
     arrow(ax, (5.0, 3.55), (6.3, 2.85))
     arrow(ax, (2.25, 2.35), (2.85, 2.35))
     arrow(ax, (5.55, 2.35), (6.05, 2.35))
