@@ -37,7 +37,7 @@ class DensityConfig(Schema):
         64,
         ge=0,
         description="width of an MLP of the Bessel functions, shared by all layers; 0: radial functions linear in "
-        "them, which extrapolate better, best with one an Å of cutoff",
+        "them, one an Å of cutoff: better for larger distortions of known molecules",
     )
     body_order: int = Field(
         4, ge=2, le=4, description="2: density; 3: its square; 4: its cube; on atoms, channel by channel"
