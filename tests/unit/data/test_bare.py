@@ -16,6 +16,7 @@ from mffm.batch import Batch
 from mffm.config.base import load
 from mffm.config.data import DataConfig
 from mffm.config.model import ModelConfig
+from mffm.config.recipe import PlanConfig
 from mffm.data import bare
 from mffm.data.bare import Bare
 from mffm.data.ingest import ingest
@@ -192,7 +193,7 @@ def crystal_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_loader_gives_the_same_steps(crystal_store: Path) -> None:
     store = Store(crystal_store)
     pools = [{"fidelity": name, "properties": PROPERTIES} for name in store.fidelities.names]
-    config = plan_config(pools)
+    config = PlanConfig(pools=pools, edge_budget=8000, edges_per_microbatch=4000)
     plan = Plan(build_pools(store, config, store.fidelities, CUTOFF), config, seed=0)
     read = {}
     for wanted in (False, True):
@@ -205,12 +206,6 @@ def test_loader_gives_the_same_steps(crystal_store: Path) -> None:
         same_batch(found.to("cpu"), expected)
         assert cursor == other
     assert any(batch.masks["forces"].any() for batch, _ in read[True])
-
-
-def plan_config(pools: list):
-    from mffm.config.recipe import PlanConfig
-
-    return PlanConfig(pools=pools, edge_budget=8000, edges_per_microbatch=4000)
 
 
 def test_no_rows_give_the_dummy_batch(crystal_store: Path) -> None:
