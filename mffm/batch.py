@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -81,13 +81,13 @@ class Batch:
         """Return the batch on another device; dtypes stay."""
         return self._each(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
-    def pinned(self) -> "Batch":
+    def pinned(self) -> Self:
         """Return the batch in page-locked memory, from which a copy to a GPU does not hold up the caller."""
         return self._each(torch.Tensor.pin_memory)
 
-    def _each(self, function: Callable[[Tensor], Tensor]) -> "Batch":
+    def _each(self, function: Callable[[Tensor], Tensor]) -> Self:
         def apply(value: Any) -> Any:
-            if isinstance(value, tuple | int):
+            if isinstance(value, tuple | int | float):
                 return value
             if isinstance(value, dict):
                 return {k: function(v) for k, v in value.items()}

@@ -1,7 +1,7 @@
 """Training on a GPU, as markdown: throughput, memory, share of the roofline, and what the time goes into.
 
     python tools/bench_gpu.py [--edges 25000,100000,400000] [--profile]
-    python tools/bench_gpu.py --loop [--edges 400000]
+    python tools/bench_gpu.py --loop [--edges 400000] [--neighbors device]
 
 The potential is the density backbone with C128, lmax 3, 3 layers; the step a conservative one (energy, forces, stress;
 double backward) on copies of the shipped crystals, without the optimiser. Times are wall times between
@@ -123,7 +123,7 @@ def steps(sizes: list[int], rounds: int, profile: bool) -> None:
         print(f"\nproducts {peak_flops / 1e12:.0f} TFLOP/s, copy {bandwidth / 1e12:.2f} TB/s\n")
 
 
-def loop(n_edges: int) -> None:
+def loop(n_edges: int, neighbors: str) -> None:
     """Train a few steps by the command line and print the rates that it logs."""
     with tempfile.TemporaryDirectory() as folder:
         recipe = {
@@ -132,6 +132,7 @@ def loop(n_edges: int) -> None:
             "data": {
                 "store": str(make_store(Path(folder))),
                 "plan": {"pools": [{"fidelity": FIDELITY, "properties": list(PROPERTIES)}], "edge_budget": n_edges},
+                "neighbors": neighbors,
             },
             "model": {"backbone": BACKBONE},
             "train": {"steps": 40, "validate_every": 40, "save_every": 40, "log_every": 5},
@@ -145,7 +146,7 @@ def loop(n_edges: int) -> None:
         print(next((line for line in done.stderr.splitlines() if "preflight" in line), ""))
         rows = [json.loads(line) for line in (Path(folder) / "run" / "metrics.jsonl").read_text().splitlines()]
         rates = [row["atoms_per_s"] for row in rows if "atoms_per_s" in row][2:]
-        print(f"mffm train, {n_edges:,} edges a step: {median(rates):,.0f} atoms/s")
+        print(f"mffm train, {n_edges:,} edges a step, data.neighbors: {neighbors}: {median(rates):,.0f} atoms/s")
 
 
 def main() -> None:
@@ -154,12 +155,13 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--profile", action="store_true", help="and the kernels that take the time")
     parser.add_argument("--loop", action="store_true", help="train by mffm train instead")
+    parser.add_argument("--neighbors", choices=("cpu", "device"), default="cpu", help="with --loop: data.neighbors")
     args = parser.parse_args()
     if not torch.cuda.is_available():
         raise SystemExit("torch sees no GPU")
     sizes = [int(n) for n in args.edges.split(",")]
     if args.loop:
-        loop(max(sizes))
+        loop(max(sizes), args.neighbors)
     else:
         steps(sizes, args.rounds, args.profile)
 

@@ -60,6 +60,11 @@ class DataSection(Schema):
     loader_threads: int | None = Field(
         None, ge=1, description="that make batches ahead of the training; None: up to 4 beside a GPU, else 1"
     )
+    neighbors: Literal["cpu", "device"] = Field(
+        "cpu",
+        description="where training batches get their neighbor lists; device: on the GPU that trains, the same lists, "
+        "not yet timed on one; a batch with systems too large to try all their pairs gets them on the CPU",
+    )
     validation_split: str = "val"
     validation_max_frames: int | None = Field(None, ge=1)
 

@@ -7,11 +7,13 @@ import threading
 from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
+from typing import Any
 
 import numpy as np
 import torch
 
 from mffm.batch import Batch
+from mffm.data.bare import Bare, no_edges, outline
 from mffm.data.neighbors import neighbor_list, pad
 from mffm.data.plan import Cursor, Plan, StepPlan
 from mffm.data.pools import bit
@@ -31,6 +33,7 @@ def pack(
     charge: Sequence[int] | np.ndarray | None = None,
     spin_multiplicity: Sequence[int] | np.ndarray | None = None,
     rows: Sequence[int] | np.ndarray | None = None,
+    bare: bool = False,
 ) -> Batch:
     """Return structures as a batch without labels (all masks False, labels 0, weights 1).
 
@@ -43,6 +46,8 @@ def pack(
         dtype: of positions, edge vectors and labels.
         charge, spin_multiplicity: [n_systems]; None: 0, not given.
         rows: [n_systems], rows of the store; None: -1.
+        bare: leave the edges to ``to``, which makes them on its device, unless the systems are too large for that
+            (``mffm.data.bare.MAX_CANDIDATES``).
 
     Raises:
         InputError: a cell does not span the periodic directions.
@@ -50,9 +55,40 @@ def pack(
     n_systems = len(geometries)
     n_atoms = np.array([len(g[0]) for g in geometries], np.int64)
     total = int(n_atoms.sum())
-    offsets = (np.cumsum(n_atoms) - n_atoms).tolist()
-    receivers, senders, shifts, vectors = [], [], [], []
-    for (_, positions, cell, pbc), offset in zip(geometries, offsets, strict=True):
+    further = outline(geometries, cutoff) if bare else None
+    edges = _edges(geometries, cutoff, dtype) if further is None else no_edges(dtype)
+    cells = np.array([g[2] for g in geometries], np.float64)
+    pbc = np.array([g[3] for g in geometries], bool)
+    periodic = pbc.all(axis=1)
+    shapes: dict[Property, tuple[int, ...]] = {ENERGY: (n_systems,), FORCES: (total, 3), STRESS: (n_systems, 3, 3)}
+    none = np.zeros(n_systems, np.int64)
+    values: dict[str, Any] = {
+        "atomic_numbers": torch.from_numpy(np.concatenate([g[0] for g in geometries]).astype(np.int64)),
+        "positions": torch.from_numpy(np.concatenate([g[1] for g in geometries]).astype(np.float64)).to(dtype),
+        "cell": torch.from_numpy(cells).to(dtype),
+        "system_idx": torch.from_numpy(np.repeat(np.arange(n_systems), n_atoms)),
+        "fidelity_idx": torch.from_numpy(np.array(fidelity_idx, np.int64)),
+        "n_atoms": torch.from_numpy(n_atoms),
+        "pbc": torch.from_numpy(pbc),
+        "volume": torch.from_numpy(np.where(periodic, np.abs(np.linalg.det(cells)), 0.0)).to(dtype),
+        "charge": torch.from_numpy(none.copy() if charge is None else np.array(charge, np.int64)),
+        "spin_multiplicity": torch.from_numpy(
+            none.copy() if spin_multiplicity is None else np.array(spin_multiplicity, np.int64)
+        ),
+        "labels": {p: torch.zeros(shapes[p], dtype=torch.float64 if p == ENERGY else dtype) for p in PROPERTIES},
+        "masks": {p: torch.zeros(n_systems, dtype=torch.bool) for p in PROPERTIES},
+        "weights": {p: torch.ones(n_systems, dtype=dtype) for p in PROPERTIES},
+        "rows": torch.from_numpy(none - 1 if rows is None else np.array(rows, np.int64)),
+    }
+    return Batch(**values, **edges) if further is None else Bare(**values, **edges, **further)
+
+
+def _edges(
+    geometries: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]], cutoff: float, dtype: torch.dtype
+) -> dict[str, Any]:
+    """Return a batch's fields of edges, made on the host; see ``pack``."""
+    receivers, senders, shifts, vectors, offset = [], [], [], [], 0
+    for _, positions, cell, pbc in geometries:
         receiver, sender, shift = neighbor_list(positions, cell, pbc, cutoff)
         vector = positions[sender] - positions[receiver]
         if pbc.any():
@@ -61,45 +97,17 @@ def pack(
         senders.append(sender + offset)
         shifts.append(shift)
         vectors.append(vector)
+        offset += len(positions)
     slots = pad(
         np.concatenate(receivers),
         np.concatenate(senders),
         np.concatenate(shifts),
         np.concatenate(vectors).astype(np.float32 if dtype == torch.float32 else np.float64),
-        total,
+        offset,
         cutoff,
-    )
-    cells = np.array([g[2] for g in geometries], np.float64)
-    pbc = np.array([g[3] for g in geometries], bool)
-    periodic = pbc.all(axis=1)
-    shapes: dict[Property, tuple[int, ...]] = {ENERGY: (n_systems,), FORCES: (total, 3), STRESS: (n_systems, 3, 3)}
-    none = np.zeros(n_systems, np.int64)
-    return Batch(
-        atomic_numbers=torch.from_numpy(np.concatenate([g[0] for g in geometries]).astype(np.int64)),
-        positions=torch.from_numpy(np.concatenate([g[1] for g in geometries]).astype(np.float64)).to(dtype),
-        cell=torch.from_numpy(cells).to(dtype),
-        neighbors=torch.from_numpy(slots.neighbors),
-        receivers=torch.from_numpy(slots.receivers),
-        neighbor_mask=torch.from_numpy(slots.neighbor_mask),
-        edge_vectors=torch.from_numpy(slots.edge_vectors).to(dtype),
-        reverse=torch.from_numpy(slots.reverse),
-        groups=slots.groups,
-        row_of_atom=torch.from_numpy(slots.row_of_atom),
-        atom_of_row=torch.from_numpy(slots.atom_of_row),
-        system_idx=torch.from_numpy(np.repeat(np.arange(n_systems), n_atoms)),
-        fidelity_idx=torch.from_numpy(np.array(fidelity_idx, np.int64)),
-        n_atoms=torch.from_numpy(n_atoms),
-        pbc=torch.from_numpy(pbc),
-        volume=torch.from_numpy(np.where(periodic, np.abs(np.linalg.det(cells)), 0.0)).to(dtype),
-        charge=torch.from_numpy(none.copy() if charge is None else np.array(charge, np.int64)),
-        spin_multiplicity=torch.from_numpy(
-            none.copy() if spin_multiplicity is None else np.array(spin_multiplicity, np.int64)
-        ),
-        labels={p: torch.zeros(shapes[p], dtype=torch.float64 if p == ENERGY else dtype) for p in PROPERTIES},
-        masks={p: torch.zeros(n_systems, dtype=torch.bool) for p in PROPERTIES},
-        weights={p: torch.ones(n_systems, dtype=dtype) for p in PROPERTIES},
-        rows=torch.from_numpy(none - 1 if rows is None else np.array(rows, np.int64)),
-    )
+    )._asdict()
+    edges = {name: v if name == "groups" else torch.from_numpy(v) for name, v in slots.items()}
+    return {**edges, "edge_vectors": edges["edge_vectors"].to(dtype)}
 
 
 def dummy(cutoff: float, dtype: torch.dtype = torch.float32) -> Batch:
@@ -116,6 +124,7 @@ def collate(
     properties: Sequence[Collection[Property]],
     cutoff: float,
     dtype: torch.dtype = torch.float32,
+    bare: bool = False,
 ) -> Batch:
     """Return stored systems as a batch with the labels that exist and that are asked for; no rows: ``dummy``.
 
@@ -126,6 +135,7 @@ def collate(
         properties: per system, the labels to use.
         cutoff: Å.
         dtype: of everything real but the energies, which are float64.
+        bare: leave the edges to ``to``; see ``pack``.
     """
     if len(rows) == 0:
         return dummy(cutoff, dtype)
@@ -139,6 +149,7 @@ def collate(
         charge=np.where(charge == NO_CHARGE, 0, charge),
         spin_multiplicity=np.asarray(store.spin_multiplicity[rows], np.int64),
         rows=rows,
+        bare=bare,
     )
     labels = {p: batch.labels[p].numpy() for p in PROPERTIES}  # views: writing fills the batch
     masks = {p: batch.masks[p].numpy() for p in PROPERTIES}
@@ -165,10 +176,11 @@ def microbatch(
     fidelities: FidelityTable,
     cutoff: float,
     dtype: torch.dtype = torch.float32,
+    bare: bool = False,
 ) -> Batch:
     """Return some systems of a step, [n] int64, as a batch with the labels that count; see ``collate``."""
     properties = [_PROPERTIES_OF[code] for code in step.live[items].tolist()]
-    return collate(store, step.rows[items], step.fidelity_idx[items], fidelities, properties, cutoff, dtype)
+    return collate(store, step.rows[items], step.fidelity_idx[items], fidelities, properties, cutoff, dtype, bare)
 
 
 def evaluation_batches(
@@ -225,6 +237,7 @@ class Loader:
         prefetch: int = 2,
         threads: int = 1,
         pinned: bool = False,
+        bare: bool = False,
     ):
         """Start reading.
 
@@ -237,10 +250,11 @@ class Loader:
             prefetch: steps that may lie ready or be in the making.
             threads: that make batches, a step each.
             pinned: give batches in page-locked memory, for training on a GPU.
+            bare: leave the edges to ``to``; see ``pack``.
         """
         self._store, self._plan, self._fidelities, self._cutoff = store, plan, fidelities, cutoff
         self._rank, self._world_size, self._dtype = rank, world_size, dtype
-        self._last_step, self._pinned = last_step, pinned
+        self._last_step, self._pinned, self._bare = last_step, pinned, bare
         self._queue: queue.Queue[tuple[StepPlan, Future[list[Batch]], Cursor] | BaseException | None] = queue.Queue(
             max(prefetch, threads)
         )
@@ -307,5 +321,5 @@ class Loader:
 
     def _microbatches(self, step: StepPlan) -> list[Batch]:
         bins = step.partition(self._world_size, self._plan.n_microbatches(self._world_size))[self._rank]
-        read = (microbatch(self._store, step, i, self._fidelities, self._cutoff, self._dtype) for i in bins)
+        read = (microbatch(self._store, step, i, self._fidelities, self._cutoff, self._dtype, self._bare) for i in bins)
         return [batch.pinned() if self._pinned else batch for batch in read]

@@ -31,7 +31,7 @@ def neighbor_list(
     pbc = np.ascontiguousarray(pbc, dtype=bool)
     cell = np.ascontiguousarray(cell, dtype=np.float64)
     if pbc.any():
-        _check_cell(cell, pbc)
+        check_cell(cell, pbc)
     receiver, sender, shift = _calculator(cutoff).compute(
         np.ascontiguousarray(positions, dtype=np.float64), cell, pbc, "ijS"
     )
@@ -43,7 +43,7 @@ def count(positions: np.ndarray, cell: np.ndarray, pbc: np.ndarray, cutoff: floa
     pbc = np.ascontiguousarray(pbc, dtype=bool)
     cell = np.ascontiguousarray(cell, dtype=np.float64)
     if pbc.any():
-        _check_cell(cell, pbc)
+        check_cell(cell, pbc)
     (sender,) = _calculator(cutoff).compute(
         np.ascontiguousarray(positions, dtype=np.float64), cell, pbc, "j", copy=False
     )
@@ -61,7 +61,8 @@ def _calculator(cutoff: float) -> Any:
     return calculator
 
 
-def _check_cell(cell: np.ndarray, pbc: np.ndarray) -> None:
+def check_cell(cell: np.ndarray, pbc: np.ndarray) -> None:
+    """Raise InputError where the vectors of the periodic directions (at least one) do not span a cell."""
     vectors = cell[pbc]
     gram = vectors @ vectors.T
     lengths = np.sqrt(np.diagonal(gram))

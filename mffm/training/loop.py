@@ -106,6 +106,7 @@ def _run_as_rank(recipe: Recipe, run: Path, resume: bool, ranks: distributed.Ran
         setup.store, setup.plan, setup.fidelities, recipe.model.backbone.cutoff, Cursor.from_dict(state.cursor),
         rank=ranks.rank, world_size=ranks.world_size, last_step=recipe.train.steps,
         threads=loader_threads(recipe.data.loader_threads, device), pinned=device.type == "cuda",
+        bare=recipe.data.neighbors == "device",
     )  # fmt: skip
     log = _open_log(run, setup, state, ranks)
     faults.step = lambda: state.step

@@ -317,7 +317,9 @@ def largest(setup: Setup, cursor: Cursor, ranks: distributed.Ranks) -> tuple[Ste
 
 def try_batch(setup: Setup, trainee: Trainee, step: StepPlan, items: np.ndarray, device: torch.device) -> str:
     """Do forward and double backward of a microbatch and leave no trace; return why there was no memory, or nothing."""
-    batch = microbatch(setup.store, step, items, setup.fidelities, setup.recipe.model.backbone.cutoff)
+    recipe = setup.recipe
+    bare = recipe.data.neighbors == "device"
+    batch = microbatch(setup.store, step, items, setup.fidelities, recipe.model.backbone.cutoff, bare=bare)
     divisors = setup.loss.divisors(step.counts, setup.plan.expected_counts).to(device)
     was_training = trainee.training
     if device.type == "cuda":

@@ -1,17 +1,19 @@
-"""On a GPU: the numbers of the CPU, training through DeepSpeed on nccl, resume, precisions, memory, pinned batches."""
+"""On a GPU: the numbers of the CPU, training through DeepSpeed on nccl, resume, precisions, memory, batches, edges."""
 
 import json
 import os
 from collections.abc import Callable
 from pathlib import Path
 
+import ase.build
 import numpy as np
 import pytest
 import torch
 
 from mffm.batch import Batch
 from mffm.config.model import ModelConfig
-from mffm.data.loader import collate
+from mffm.data.bare import Bare
+from mffm.data.loader import collate, pack
 from mffm.data.store import Store
 from mffm.keys import ENERGY, FORCES
 from mffm.models.potential import Potential
@@ -107,3 +109,61 @@ def test_pinned_batch(molecule_store: Path) -> None:
     assert batch.edge_vectors.is_pinned()
     assert batch.labels[FORCES].is_pinned()
     assert batch.to("cuda", non_blocking=True).edge_vectors.is_cuda
+
+
+def crystals() -> list[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]]:
+    """Return distorted crystals with many images, slabs and molecules, some atoms outside of their cells."""
+    rng = np.random.default_rng(0)
+    frames = [ase.build.bulk("Cu", "fcc", a=3.6), ase.build.bulk("NaCl", "rocksalt", a=5.6), ase.build.molecule("C2H6")]
+    frames += [ase.build.fcc111("Al", (1, 1, 3), vacuum=4.0), ase.build.molecule("H"), ase.build.bulk("Si") * (2, 2, 3)]
+    geometries = []
+    for atoms in frames * 40:
+        cell = atoms.cell.array @ (np.eye(3) + rng.normal(0, 0.03, (3, 3)))
+        turns = rng.integers(-2, 3, (len(atoms), 3)) * atoms.pbc
+        positions = atoms.positions + rng.normal(0, 0.05, atoms.positions.shape) + turns @ cell
+        geometries.append((atoms.numbers, positions, cell, atoms.pbc))
+    return geometries
+
+
+def edge_table(batch: Batch) -> np.ndarray:
+    on = batch.neighbor_mask
+    columns = [batch.receivers[on, None].double(), batch.neighbors[on, None].double(), batch.edge_vectors[on].double()]
+    table = torch.cat(columns, 1).cpu().numpy()
+    return table[np.lexsort(np.round(table, 5).T[::-1])]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_neighbor_lists_made_on_the_gpu(dtype: torch.dtype) -> None:
+    geometries = crystals()
+    index = [0] * len(geometries)
+    bare, host = pack(geometries, index, CUTOFF, dtype, bare=True).pinned(), pack(geometries, index, CUTOFF, dtype)
+    assert isinstance(bare, Bare)
+    assert bare.images.is_pinned()
+    made = bare.to("cuda", non_blocking=True)
+    assert made.edge_vectors.is_cuda
+    assert made.edge_vectors.dtype == dtype
+    assert made.groups == host.groups
+    for name in ("neighbor_mask", "receivers", "row_of_atom", "atom_of_row", "positions", "volume", "system_idx"):
+        assert torch.equal(getattr(made, name).cpu(), getattr(host, name)), name
+    assert np.allclose(edge_table(made), edge_table(host), rtol=0, atol=1e-12 if dtype == torch.float64 else 1e-6)
+    assert torch.equal(made.receivers[made.reverse], made.neighbors)
+    on = made.neighbor_mask
+    assert torch.equal(made.edge_vectors[made.reverse[on]], -made.edge_vectors[on])
+    again = bare.to("cuda")
+    assert torch.equal(again.edge_vectors, made.edge_vectors)
+    assert torch.equal(again.reverse, made.reverse)
+    potential = potential_of("density", dtype).to("cuda").eval()
+    found, expected = potential(made, stress=True), potential(host.to("cuda"), stress=True)
+    tolerance = 1e-9 if dtype == torch.float64 else 2e-3
+    for prop in ("energy", "forces", "stress"):
+        torch.testing.assert_close(getattr(found, prop), getattr(expected, prop), rtol=tolerance, atol=tolerance)
+
+
+def test_training_on_neighbor_lists_made_on_the_gpu(
+    make_recipe: Callable[..., Path], run_mffm: Callable, tmp_path: Path
+) -> None:
+    recipe = make_recipe()
+    for where in ("cpu", "device"):
+        done = run_mffm("train", str(recipe), f"run={tmp_path / where}", f"data.neighbors={where}")
+        assert done.returncode == 0, done.stderr
+    assert losses(tmp_path / "device") == pytest.approx(losses(tmp_path / "cpu"), rel=1e-3)
