@@ -3,7 +3,7 @@
     python tools/bench_gpu.py [--edges 25000,100000,400000] [--profile]
     python tools/bench_gpu.py --loop [--edges 400000] [--neighbors device]
 
-The potential is the density backbone with C128, lmax 3, 3 layers; the step a conservative one (energy, forces, stress;
+The potential is the density backbone with C128, lmax 3, 3 layers, linear radials; the step a conservative one (energy, forces, stress;
 double backward) on copies of the shipped crystals, without the optimiser. Times are wall times between
 synchronisations, the median over the rounds; peak products and copies are measured in the same process. ``--loop``
 trains by `mffm train` on the same structures instead: DeepSpeed, optimiser, neighbor lists and loading included.
@@ -35,7 +35,9 @@ from mffm.keys import PROPERTIES
 from mffm.models.potential import Potential
 
 ROOT = Path(__file__).parents[1]
-BACKBONE = {"cutoff": CUTOFF, "channels": 128, "edge_channels": 48, "lmax": 3, "l_message": 1, "layers": 3}
+BACKBONE = {
+    "cutoff": CUTOFF, "channels": 128, "edge_channels": 48, "lmax": 3, "l_message": 1, "layers": 3, "radial_hidden": 0,
+}  # fmt: skip
 
 
 def make_store(folder: Path) -> Path:
