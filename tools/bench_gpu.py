@@ -3,10 +3,10 @@
     python tools/bench_gpu.py [--edges 25000,100000,400000] [--profile]
     python tools/bench_gpu.py --loop [--edges 400000] [--neighbors device]
 
-The potential is the density backbone with C128, lmax 3, 3 layers, linear radials; the step a conservative one (energy, forces, stress;
-double backward) on copies of the shipped crystals, without the optimiser. Times are wall times between
-synchronisations, the median over the rounds; peak products and copies are measured in the same process. ``--loop``
-trains by `mffm train` on the same structures instead: DeepSpeed, optimiser, neighbor lists and loading included.
+The potential is the density backbone with C128, lmax 3, 3 layers and linear radial functions. A step is conservative
+(energy, forces, stress; double backward), on copies of the shipped crystals, without the optimiser. Times are wall
+times between synchronisations, the median over the rounds; peak products and copies are measured in the same process.
+``--loop`` trains by `mffm train` on the same structures instead: DeepSpeed, optimiser, neighbor lists and loading.
 """
 
 import argparse
