@@ -316,18 +316,20 @@ def study(
 ) -> None:
     """Compare methods over numbers of high-fidelity labels and seeds; the same command goes on after a kill."""
     from mffm.config.study import load_study
+
+    settings = load_study(config, overrides or [])  # before the imports of seconds: a mistake is told at once
+
     from mffm.distributed import tune_allocator
     from mffm.executor import LocalExecutor
     from mffm.study import grid, report
     from mffm.study.gate import gates
     from mffm.study.run import Stopped, StudyRun
 
-    settings = load_study(config, overrides or [])
     place = folder or Path("runs/studies") / settings.name
     tune_allocator()
     expanded = grid.expand(settings, config, place)
     compared = gates(expanded)
-    work = StudyRun(expanded, place, LocalExecutor(workers), lambda line: console.print(line, highlight=False))
+    work = StudyRun(expanded, place, LocalExecutor(workers), _say)
     try:
         failed = {} if report_only else work.train()
     except Stopped:
@@ -336,8 +338,8 @@ def study(
     summary = report.summarise(expanded, work.judge(), compared, failed)
     paths = report.write(expanded, summary, place)
     for line in summary["advice"]:
-        console.print(line, highlight=False, markup=False)
-    console.print(f"report: {paths[0]}, {paths[1].name}, {paths[2].name}", highlight=False)
+        _say(line)
+    _say(f"report: {paths[0]}, {paths[1].name}, {paths[2].name}")
     if failed:
         _complain(f"{len(failed)} of the trainings failed; the same command tries them again", code=1)
 
@@ -474,6 +476,10 @@ def main() -> None:
         if message is None:
             raise
         _complain(message)
+
+
+def _say(line: str) -> None:
+    console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 def _complain(message: str, code: int = EXIT_INPUT) -> None:

@@ -194,9 +194,9 @@ def label_curves(
             i = names.index(name)
             labels, means, least, most = (np.array(column) for column in zip(*points, strict=True))
             handles[name] = axis.errorbar(
-                labels * 1.015 ** (i - len(names) / 2), means, yerr=np.maximum(0.0, (means - least, most - means)), capsize=2,
-                color=COLORS[i % len(COLORS)], marker="os^D"[i // len(COLORS) % 4], markersize=4, linewidth=1.4,
-                elinewidth=0.8, linestyle="--" if name in dashed else "-",
+                labels * 1.015 ** (i - len(names) / 2), means, yerr=np.maximum(0.0, (means - least, most - means)),
+                capsize=2, color=COLORS[i % len(COLORS)], marker="os^D"[i // len(COLORS) % 4], markersize=4,
+                linewidth=1.4, elinewidth=0.8, linestyle="--" if name in dashed else "-",
             )  # fmt: skip
         axis.set_xscale("log")
         axis.set_yscale("log")

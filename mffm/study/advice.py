@@ -80,14 +80,12 @@ def _at(grid: Grid, errors: Panels, n: int, ranked: list[tuple[str, float, bool]
         for (kind, prop), methods in errors.items()
     )
     text = f"With {n} frames with {config.high} labels: {config.title(best)} ({shown})."
-    tied = [config.title(name) for name, _, is_as_good in ranked[1:] if is_as_good]
-    if tied:
-        text += f" As good within the spread: {', '.join(tied)}."
     for baseline in config.baselines:
         has = all(p.get(baseline, {}).get(n) for p in errors.values())
         if baseline != best and has:
             text += f" Its errors are {_ratio(errors, best, baseline, n):.2f} times those of {config.title(baseline)}."
-    return text
+    tied = [config.title(name) for name, _, is_as_good in ranked[1:] if is_as_good]
+    return text + (f" As good within the spread: {', '.join(tied)}." if tied else "")
 
 
 def _more_labels(grid: Grid, errors: Panels, winners: Mapping[int, list[str]]) -> list[str]:

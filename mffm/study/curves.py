@@ -65,11 +65,12 @@ def factor(baseline: Curve, n_labels: float, error: float) -> Bounded:
 
 
 def factor_at_best(baseline: Curve, method: Curve) -> Bounded:
-    """Return k at the error that the baseline reaches with its most labels: these ÷ what the method needs for it.
+    """Return k at the least error that the baseline reaches: its labels there ÷ what the method needs for that error.
 
+    On a baseline that falls all the way these are its most labels; where more labels did it harm, they do not count.
     ``>=`` where the method is as good at its least labels already, ``<`` where it never gets so good.
     """
-    n_labels, error = baseline[-1]
+    n_labels, error = min(baseline, key=lambda point: point[1])
     needed = labels_needed(method, error)
     flipped: dict[str, Literal["=", ">=", "<"]] = {"=": "=", "<=": ">=", ">": "<"}
     return Bounded(n_labels / needed.value, flipped[needed.bound])

@@ -99,8 +99,8 @@ def _factors(summary: Summary) -> list[str]:
         "k = labels that a baseline needs for a method's error ÷ labels of the method, from straight lines between the "
         "baseline's points in the logarithms of labels and error, at the first crossing. `>`: the baseline does not "
         "get so good with its most labels; `≤`: it is as good with its least. In brackets: the least and the most of a "
-        "seed, each against the baseline of the same seed. Last column: k at the error that the baseline reaches with "
-        "its most labels; `≥`: the method is as good with its least labels; `<`: it never is.",
+        "seed, each against the baseline of the same seed. Last column: k at the least error that the baseline "
+        "reaches; `≥`: the method is as good with its least labels; `<`: it never is.",
     ]  # fmt: skip
     for baseline in summary["baselines"]:
         for panel, found in summary["factors"].items():
@@ -144,7 +144,7 @@ def _cost(summary: Summary) -> list[str]:
     head = ["method", "optimiser steps, stage and own", "CPU minutes of a cell's training", "CPU minutes of its stage"]
     return [
         "## CPU time", "",
-        "Means over the cells, start-up and validation included. A stage is trained once per seed for all cells.", "",
+        "Means over the cells; start-up, validation and every attempt included. A stage is trained once per seed for all cells.", "",
         *table(head, rows),
     ]  # fmt: skip
 
@@ -168,16 +168,17 @@ def _fairness(summary: Summary) -> list[str]:
     else:
         lines.append(f"- **The test sets are not equal**: labels counted are {test}.")
     if fair["high_frames_equal"]:
+        nested = "are a part of more" if fair["high_frames_nested"] else "are **not** a part of more"
         lines.append(
-            "- High-fidelity frames: at equal number and seed all methods have the same ones, and fewer are a part of "
-            "more (checked by their digest)."
+            f"- High-fidelity frames: at equal number and seed all methods have the same ones, and fewer {nested}."
         )
     else:
         lines.append(f"- **High-fidelity frames differ**: {'; '.join(fair['high_frames_unequal'])}.")
     alike = [names for names in fair["same_batches"] if len(names) > 1]
     shown = "; ".join(", ".join(title(n) for n in names) for names in alike)
     lines.append(
-        f"- Batches: the same draws of (frame, fidelity), step by step, for {shown}; other methods have other pools."
+        f"- Batches: the same draws of (frame, fidelity), step by step as far as they go, for {shown}; other methods "
+        "have other pools."
         if alike else "- Batches: no two methods have the same pools, so each has its own draws."
     )  # fmt: skip
     counts = ", ".join(f"{n} {p}" for p, n in fair["validation_labels"].items()) or "none"

@@ -1,5 +1,6 @@
 """The report of a study: one summary (JSON), the page made from it (Markdown) and the learning curves (PNG)."""
 
+import itertools
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -166,6 +167,11 @@ def fairness(grid: Grid, judged: Sequence[Judged]) -> dict[str, Any]:
         "stopped_early": stopped,
         "high_frames_equal": not unequal,
         "high_frames_unequal": unequal,
+        "high_frames_nested": all(
+            set(a.cell.high_rows) <= set(b.cell.high_rows)
+            for a, b in itertools.pairwise(sorted(judged, key=lambda one: (one.cell.seed, one.cell.n_high)))
+            if a.cell.seed == b.cell.seed
+        ),
         "same_batches": [names for key, names in plans.items() if key],
         "test_labels": {kind: {p: sorted(n) for p, n in props.items()} for kind, props in sizes.items()},
         "test_equal": all(len(n) == 1 for props in sizes.values() for n in props.values()),

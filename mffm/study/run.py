@@ -94,7 +94,7 @@ class StudyRun:
     def _write_recipes(self) -> None:
         for training in self.grid.trainings.values():
             path, text = self._recipe(training.name), dump(training.recipe)
-            if path.is_file() and path.read_text() != text and self._run(training.name).exists():
+            if path.is_file() and path.read_text() != text and self._has_checkpoint(training.name):
                 before, now = _flat(read_yaml(path)), _flat(training.recipe.model_dump(mode="json"))
                 changed = [k for k in sorted(before.keys() | now.keys()) if before.get(k) != now.get(k)]
                 raise InputError(
@@ -104,9 +104,8 @@ class StudyRun:
             write_text(path, text)
 
     def _job(self, training: Training, left: set[str]) -> Job:
-        run = self._run(training.name)
-        begun = (run / "checkpoints" / "latest").exists()
-        arguments = ["resume", str(run)] if begun else ["train", str(self._recipe(training.name))]
+        begun = self._has_checkpoint(training.name)
+        arguments = ["resume", str(self._run(training.name))] if begun else ["train", str(self._recipe(training.name))]
         after = [training.after] if training.after in left else []
         return Job(
             training.name, [sys.executable, "-m", "mffm", *arguments], self._log(training.name),
@@ -187,6 +186,9 @@ class StudyRun:
             own_cpu, stage_cpu = 0.0, own_cpu
         last_step = read_json(self._record(cell.training))["last_step"]
         return Judged(cell, errors, rows, own_cpu, stage_cpu, last_step, content["plan"])
+
+    def _has_checkpoint(self, training: str) -> bool:
+        return (self._run(training) / "checkpoints" / "latest").exists()
 
     def _recipe(self, training: str) -> Path:
         return self.folder / "recipes" / f"{training}.yaml"

@@ -62,7 +62,7 @@ def make_study(molecule_store: Path, tmp_path: Path, tiny_recipe: Callable[..., 
 
     def make(**changes: Any) -> Path:
         base = tiny_recipe(molecule_store, tmp_path / "never")
-        base["train"] |= {"steps": 4, "validate_every": 2, "save_every": 2, "best": "val/loss", "preflight": False}
+        base["train"] |= {"steps": 4, "validate_every": 4, "save_every": 2, "best": "val/loss", "preflight": False}
         (tmp_path / "base.yaml").write_text(yaml.safe_dump(base))
         path = tmp_path / "study.yaml"
         path.write_text(yaml.safe_dump(content(**changes), sort_keys=False))

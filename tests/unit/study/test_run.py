@@ -72,7 +72,7 @@ def check_summary(summary: dict[str, Any]) -> None:
     assert not fair["steps_equal"], "the low fidelity alone has two steps"
     assert fair["test_equal"]
     assert fair["high_frames_equal"]
-    assert fair["same_batches"] == [["hf_only"], ["delta"], ["fine_tune"]]
+    assert fair["same_batches"] == [["hf_only", "fine_tune"], ["delta"]], "the pools tell"
     points = summary["curves"]["iid/energy"]["delta"]
     assert [p["n_high"] for p in points] == [8, 16]
     errors = {(c["method"], c["n_high"]): c["errors"]["iid"][0] for c in summary["cells"]}
