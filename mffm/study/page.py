@@ -144,7 +144,8 @@ def _cost(summary: Summary) -> list[str]:
     head = ["method", "optimiser steps, stage and own", "CPU minutes of a cell's training", "CPU minutes of its stage"]
     return [
         "## CPU time", "",
-        "Means over the cells; start-up, validation and every attempt included. A stage is trained once per seed for all cells.", "",
+        "Means over the cells; start-up, validation and every attempt included. A stage is trained once per seed, for "
+        "all cells.", "",
         *table(head, rows),
     ]  # fmt: skip
 

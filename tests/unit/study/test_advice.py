@@ -1,5 +1,6 @@
 """What a study advises, and what its page says, from errors made by hand."""
 
+import math
 from typing import Any
 
 import pytest
@@ -89,7 +90,7 @@ def test_factors_say_their_bounds():
     (low, high) = found["hf_only"]["delta"]["points"]
     assert (low["k"], low["bound"]) == (2.0, ">"), "16 labels of the baseline are not enough: more than 16 / 8"
     assert set(low["seeds"]) == {0, 1}
-    labels = 8 * 2 ** (curves.math.log(100 / 75) / curves.math.log(2))
+    labels = 8 * 2 ** (math.log(100 / 75) / math.log(2))
     assert high["bound"] == "="
     assert high["k"] == pytest.approx(labels / 16)
     assert found["hf_only"]["delta"]["at_best"] == {"k": 2.0, "bound": ">="}
