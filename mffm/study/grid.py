@@ -134,21 +134,25 @@ def _check_store(config: StudyConfig, store: Store, path: Path) -> None:
     leaks = split_leaks(store)
     if leaks:
         raise InputError(f"{store.path}: {leaks[0]}; a study's test frames must be in no training set: ingest again")
-    if config.high not in store.fidelities:
-        raise InputError(
-            f"{path}: high: {config.high!r} is not in the store {store.path}, which has "
-            f"{', '.join(store.fidelities.names)}"
-        )
-    for kind, split in config.splits.items():
-        try:
-            counts = store.label_counts(split).get(config.high, {})
-        except InputError as error:
-            raise InputError(f"{path}: {kind}: {error}; name one of these, or null for ood") from error
-        for prop in config.properties:
-            if not counts.get(prop):
+    places = {"high": config.high}
+    places |= {f"methods.{name}.fidelity": m.fidelity for name, m in config.methods.items() if m.fidelity}
+    for place, fidelity in places.items():
+        if fidelity not in store.fidelities:
+            raise InputError(
+                f"{path}: {place}: {fidelity!r} is not in the store {store.path}, which has "
+                f"{', '.join(store.fidelities.names)}"
+            )
+        for kind, split in config.splits.items():
+            try:
+                counts = store.label_counts(split).get(fidelity, {})
+            except InputError as error:
+                raise InputError(f"{path}: {kind}: {error}; name one of these, or null for ood") from error
+            lacking = next((p for p in config.properties if not counts.get(p)), None)
+            if lacking:
                 raise InputError(
-                    f"{path}: {kind}: split {split!r} of {store.path} has no {config.high} {prop} labels to judge by; "
-                    f"it has {', '.join(f'{n} {p}' for p, n in counts.items()) or 'none of this fidelity'}"
+                    f"{path}: {place}: {kind} split {split!r} of {store.path} has no {fidelity} {lacking} labels to "
+                    f"judge by; it has {', '.join(f'{n} {p}' for p, n in counts.items()) or 'none of this fidelity'}; "
+                    "change properties, or the split"
                 )
 
 
@@ -260,11 +264,6 @@ class _Maker:
             raise InputError(f"{self.path}: methods.{method}.refit: the base recipe has no pool of {fidelity!r}")
         entry = pools[0].model_copy(update={"max_frames": n_high, "seed": seed})
         plan = recipe.data.plan.model_copy(update={"pools": [entry]})
-        if fidelity not in self.store.fidelities:
-            raise InputError(
-                f"{self.path}: methods.{method}.fidelity: {fidelity!r} is not in the store {self.store.path}, which "
-                f"has {', '.join(self.store.fidelities.names)}"
-            )
         table = FidelityTable([self.store.fidelities[fidelity]])
         (pool,) = build_pools(self.store, plan, table, recipe.model.backbone.cutoff)
         return pool.rows

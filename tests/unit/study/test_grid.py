@@ -66,6 +66,19 @@ def test_all_labels_and_a_method_with_numbers_of_its_own(make_study: Callable[..
     assert grid.trainings[f"methods/hf_only/n{there}-s0"].recipe.data.plan.pools[0].max_frames == there
 
 
+def test_a_method_on_labels_of_its_own(make_study: Callable[..., Path]):
+    own = {"data.plan.pools": [{"fidelity": "ccsdt", "properties": ["energy"]}], "model.heads": {"kind": "shared"}}
+    method = {"fidelity": "ccsdt", "needs_lf_at_inference": True, "changes": own}
+    grid = grid_of(make_study(methods={**content()["methods"], "exact": method}, properties=["energy"]))
+    cells = {c.name: c for c in grid.cells}
+    assert (cells["exact/n8-s1"].fidelity, cells["exact/n8-s1"].is_refit) == ("ccsdt", False)
+    assert np.array_equal(cells["exact/n8-s1"].high_rows, cells["hf_only/n8-s1"].high_rows)
+    (pool,) = grid.trainings["methods/exact/n8-s1"].recipe.data.plan.pools
+    assert (pool.fidelity, pool.max_frames, pool.seed) == ("ccsdt", 8, 1)
+    with pytest.raises(InputError, match=r"methods.exact.fidelity: iid split 'test' .* has no ccsdt forces labels"):
+        grid_of(make_study(methods={**content()["methods"], "exact": method}))
+
+
 def test_methods_keep_the_order_of_the_file(make_study: Callable[..., Path]):
     assert list(load_study(make_study(), ["methods.late.title=x"]).methods)[:2] == ["hf_only", "delta"]
 

@@ -144,6 +144,19 @@ def test_another_recipe_in_the_same_folder_is_refused(make_study: Callable[..., 
         study_run(path, InProcess()).train()
 
 
+def test_a_training_that_a_killed_study_left_running_is_not_started_twice(make_study: Callable[..., Path]):
+    methods = {"hf_only": content()["methods"]["hf_only"]}
+    run = study_run(make_study(**SMALL, methods=methods, stages={}, baselines=["hf_only"]), InProcess())
+    recipe = run.folder / "recipes" / "methods" / "hf_only" / "n16-s0.yaml"
+    orphan = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(100)", str(recipe)])
+    try:
+        with pytest.raises(InputError, match=f"n16-s0: process {orphan.pid} of an earlier start still trains it"):
+            run.train()
+    finally:
+        orphan.kill()
+        orphan.wait()
+
+
 def test_command_line_refuses_a_wrong_study_with_code_2(make_study: Callable[..., Path], run_mffm: Callable[..., Any]):
     done = run_mffm("study", str(make_study(baselines=["best"])))
     assert done.returncode == 2
