@@ -6,7 +6,6 @@ The same command goes on after an interruption: finished trials are kept, unfini
 checkpoint, jobs that are still in the queue or running adopted.
 """
 
-import fcntl
 import itertools
 import json
 import math
@@ -24,12 +23,12 @@ import typer
 import yaml
 
 from launch.trials import ClusterExecutor, cancel, under_way
-from mffm.config.base import load
+from mffm.config.base import as_overrides, load
 from mffm.config.cluster import ClusterConfig
 from mffm.config.recipe import Recipe
 from mffm.config.sweep import Parameter, SweepConfig
 from mffm.errors import InputError, known
-from mffm.executor import Executor, Job, LocalExecutor, State
+from mffm.executor import Executor, Job, LocalExecutor, State, locked, process_of
 
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
@@ -72,10 +71,8 @@ def values(trial: "FrozenTrial") -> dict[str, Any]:
 
 
 def overrides(trial: "FrozenTrial") -> list[str]:
-    """Return what a trial sets as overrides; written by yaml, so that 1e-05 is read as a number again."""
-    texts = {n: yaml.safe_dump(v, default_flow_style=True, width=10**6) for n, v in values(trial).items()}
-    plain = {n: text.removesuffix("...\n").strip() for n, text in texts.items()}
-    return [f"{name}={text}" for name, text in plain.items()]
+    """Return what a trial sets as overrides."""
+    return as_overrides(values(trial))
 
 
 def _grid(config: SweepConfig) -> dict[str, list[Any]]:
@@ -167,7 +164,7 @@ class Sweep:
             InputError: the sweep and the recipe do not fit; another controller or an orphan is at work in the folder.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        with _locked(self.folder / "lock"):
+        with locked(self.folder / "lock"):
             self.study = _study(self.config, self.folder, self.seed)
             if self.config.method == "grid":
                 trials = min(trials, math.prod(len(v) for v in _grid(self.config).values()))
@@ -208,7 +205,7 @@ class Sweep:
                 self.study.tell(trial.number, state=TrialState.FAIL)
                 continue
             job = under_way(self.path(trial), self._name(trial))
-            orphan = None if job is not None else _process_of(self.path(trial))
+            orphan = None if job is not None else process_of(self.path(trial))
             if job is not None and self.cluster is None:
                 raise InputError(
                     f"{self.path(trial)}: SLURM job {job} of an earlier start with --cluster trains it; go on with "
@@ -374,28 +371,6 @@ def _last_line(log: Path) -> str:
 
 def _metric_names(folder: Path) -> set[str]:
     return {name for row in _rows(folder) for name in row if name not in ("step", "time")}
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    with path.open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise InputError(f"{path.parent}: another sweep controller is at work in this folder") from error
-        yield
-
-
-def _process_of(folder: Path) -> int | None:
-    """Return a process of this machine that trains in a run folder, None where there is none (or no /proc)."""
-    wanted = {str(folder).encode(), f"run={folder}".encode()}
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            if wanted & set(path.read_bytes().split(b"\0")):
-                return int(path.parent.name)
-        except OSError:
-            continue
-    return None
 
 
 # The end: a table and a plot

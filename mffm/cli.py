@@ -305,6 +305,46 @@ def _errors_table(title: str, rows: "list[dict]") -> Table:
 
 
 @app.command()
+def study(
+    config: Annotated[Path, typer.Argument(help="study YAML, e.g. one of configs/studies")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="key.key=value of the study YAML")] = None,
+    folder: Annotated[Path | None, typer.Option(help="runs/studies/<name> where not given")] = None,
+    workers: Annotated[int, typer.Option(min=1, help="trainings at a time, one thread each")] = 1,
+    report_only: Annotated[
+        bool, typer.Option("--report-only", help="train nothing; report the cells that are finished")
+    ] = False,
+) -> None:
+    """Compare methods over numbers of high-fidelity labels and seeds; the same command goes on after a kill."""
+    from mffm.config.study import load_study
+
+    settings = load_study(config, overrides or [])  # before the imports of seconds: a mistake is told at once
+
+    from mffm.distributed import tune_allocator
+    from mffm.executor import LocalExecutor
+    from mffm.study import grid, report
+    from mffm.study.gate import gates
+    from mffm.study.run import Stopped, StudyRun
+
+    place = folder or Path("runs/studies") / settings.name
+    tune_allocator()
+    expanded = grid.expand(settings, config, place)
+    compared = gates(expanded)
+    work = StudyRun(expanded, place, LocalExecutor(workers), _say)
+    try:
+        failed = {} if report_only else work.train()
+    except Stopped:
+        print("interrupted and saved; the same command goes on", file=sys.stderr)
+        raise typer.Exit(EXIT_INTERRUPTED) from None
+    summary = report.summarise(expanded, work.judge(), compared, failed)
+    paths = report.write(expanded, summary, place)
+    for line in summary["advice"]:
+        _say(line)
+    _say(f"report: {paths[0]}, {paths[1].name}, {paths[2].name}")
+    if failed:
+        _complain(f"{len(failed)} of the trainings failed; the same command tries them again", code=1)
+
+
+@app.command()
 def release(
     run: Annotated[Path, typer.Argument(help="folder of the run")],
     folder: Annotated[Path, typer.Argument(help="folder of the release")],
@@ -392,14 +432,18 @@ class Kind(StrEnum):
     recipe = "recipe"
     data = "data"
     cluster = "cluster"
+    study = "study"
 
 
 def _schema(kind: Kind) -> "type[Schema]":
     from mffm.config.cluster import ClusterConfig
     from mffm.config.data import DataConfig
     from mffm.config.recipe import Recipe
+    from mffm.config.study import StudyConfig
 
-    schemas: dict[Kind, type[Schema]] = {Kind.recipe: Recipe, Kind.data: DataConfig, Kind.cluster: ClusterConfig}
+    schemas: dict[Kind, type[Schema]] = {
+        Kind.recipe: Recipe, Kind.data: DataConfig, Kind.cluster: ClusterConfig, Kind.study: StudyConfig
+    }  # fmt: skip
     return schemas[kind]
 
 
@@ -434,10 +478,14 @@ def main() -> None:
         _complain(message)
 
 
-def _complain(message: str) -> None:
+def _say(line: str) -> None:
+    console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def _complain(message: str, code: int = EXIT_INPUT) -> None:
     sys.stdout.flush()
     print(f"error: {message}", file=sys.stderr, flush=True)
-    sys.exit(EXIT_INPUT)
+    sys.exit(code)
 
 
 if __name__ == "__main__":

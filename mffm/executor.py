@@ -1,12 +1,17 @@
 """Run jobs and say how they stand: a small Protocol, and a pool of local processes that implements it."""
 
+import fcntl
 import os
+import resource
 import subprocess
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, Protocol
+
+from mffm.errors import InputError
 
 State = Literal["waiting", "running", "done", "failed"]
 
@@ -31,12 +36,18 @@ class Executor(Protocol):
 
 
 class LocalExecutor:
-    """Runs up to ``workers`` jobs at a time as processes on this machine."""
+    """Runs up to ``workers`` jobs at a time as processes on this machine.
+
+    Attributes:
+        cpu_seconds: job → CPU time of its process and of what that waited for, of the jobs that have ended; right where
+            no other thread waits for processes.
+    """
 
     def __init__(self, workers: int, poll_seconds: float = 0.5):
         assert workers >= 1
         self.workers = workers
         self.poll_seconds = poll_seconds
+        self.cpu_seconds: dict[str, float] = {}
 
     def run(self, jobs: Sequence[Job], report: Callable[[Mapping[str, State]], None]) -> Mapping[str, State]:
         """Run all jobs. A job whose ``after`` failed fails without being started.
@@ -49,7 +60,7 @@ class LocalExecutor:
         try:
             while "waiting" in states.values() or running:
                 for name, process in list(running.items()):
-                    if process.poll() is not None:
+                    if self._has_ended(name, process):
                         states[name] = "done" if process.returncode == 0 else "failed"
                         del running[name]
                 for job in jobs:
@@ -69,9 +80,22 @@ class LocalExecutor:
         finally:
             for process in running.values():
                 process.terminate()
-            for process in running.values():
-                process.wait()
+            for name, process in running.items():
+                self._has_ended(name, process, wait=True)
         return states
+
+    def _has_ended(self, name: str, process: "subprocess.Popen[bytes]", wait: bool = False) -> bool:
+        """Return whether a process has ended. The children's usage grows at that moment, by all that it used."""
+        before = _cpu_of_children()
+        if (process.wait() if wait else process.poll()) is None:
+            return False
+        self.cpu_seconds[name] = _cpu_of_children() - before
+        return True
+
+
+def _cpu_of_children() -> float:
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
 
 
 def _start(job: Job) -> "subprocess.Popen[bytes]":
@@ -84,3 +108,33 @@ def _start(job: Job) -> "subprocess.Popen[bytes]":
             stdin=subprocess.DEVNULL,
             env={**os.environ, **job.environment},
         )
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold the lock file of a folder in which one controller at a time may work.
+
+    Raises:
+        InputError: another process holds it.
+    """
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise InputError(f"{path.parent}: another controller is at work in this folder") from error
+        yield
+
+
+def process_of(*arguments: Path | str) -> int | None:
+    """Return a process of this machine that has one of these arguments or trains in such a run folder.
+
+    None where there is none, or no /proc.
+    """
+    wanted = {word.encode() for a in arguments for word in (str(a), f"run={a}")}
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            if wanted & set(path.read_bytes().split(b"\0")):
+                return int(path.parent.name)
+        except OSError:
+            continue
+    return None

@@ -1,6 +1,6 @@
 """Plots of mffm: parity and learning curves. matplotlib is imported when a plot is drawn."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -163,5 +163,55 @@ def errors_at_time(
         axis.set_visible(False)
     handles = [Line2D([], [], color=styles[n][0], linestyle=styles[n][1], label=n) for n in names]
     figure.legend(handles=handles, loc="outside upper center", ncols=min(len(names), 8) or 1, frameon=False, fontsize=8)
+    figure.savefig(path)
+    plt.close(figure)
+
+
+def label_curves(
+    path: Path,
+    panels: Mapping[str, Mapping[str, Sequence[tuple[float, float, float, float]]]],
+    xlabel: str,
+    columns: int,
+    dashed: Collection[str] = (),
+) -> None:
+    """Write one figure of errors against numbers of labels, both logarithmic, a panel for each y label.
+
+    Args:
+        panels: y label → name → points (labels, mean, least, most); bars go from least to most.
+        columns: panels a row.
+        dashed: names that are drawn with a broken line.
+    """
+    from matplotlib.ticker import FixedLocator, LogLocator, NullFormatter, NullLocator, ScalarFormatter
+
+    plt = _pyplot()
+    rows = -(-len(panels) // columns)
+    size = (4.2 * columns, 3.3 * rows + 0.6)
+    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
+    names = list(dict.fromkeys(name for entries in panels.values() for name in entries))
+    handles: dict[str, Any] = {}
+    for axis, (ylabel, entries) in zip(axes.flat, panels.items(), strict=False):
+        for name, points in entries.items():
+            i = names.index(name)
+            labels, means, least, most = (np.array(column) for column in zip(*points, strict=True))
+            handles[name] = axis.errorbar(
+                labels * 1.015 ** (i - len(names) / 2), means, yerr=np.maximum(0.0, (means - least, most - means)),
+                capsize=2, color=COLORS[i % len(COLORS)], marker="os^D"[i // len(COLORS) % 4], markersize=4,
+                linewidth=1.4, elinewidth=0.8, linestyle="--" if name in dashed else "-",
+            )  # fmt: skip
+        axis.set_xscale("log")
+        axis.set_yscale("log")
+        axis.xaxis.set_major_locator(FixedLocator(sorted({p[0] for points in entries.values() for p in points})))
+        axis.xaxis.set_minor_locator(NullLocator())
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5, 7)))
+        for scale in (axis.xaxis, axis.yaxis):
+            scale.set_major_formatter(ScalarFormatter())
+            scale.set_minor_formatter(NullFormatter())
+        axis.set_xlabel(xlabel)
+        axis.set_ylabel(ylabel)
+    for axis in list(axes.flat)[len(panels) :]:
+        axis.set_visible(False)
+    figure.legend(
+        list(handles.values()), list(handles), loc="outside upper center", ncols=3, frameon=False, fontsize=8
+    )  # fmt: skip
     figure.savefig(path)
     plt.close(figure)

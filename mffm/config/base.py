@@ -73,6 +73,12 @@ def apply_overrides(content: dict[str, Any], overrides: Sequence[str]) -> dict[s
     return content
 
 
+def as_overrides(values: Mapping[str, Any]) -> list[str]:
+    """Return dotted name → value as overrides; written by yaml, so that 1e-05 is read as a number again."""
+    texts = {n: yaml.safe_dump(v, default_flow_style=True, width=10**6) for n, v in values.items()}
+    return [f"{name}={text.strip().removesuffix('...').strip()}" for name, text in texts.items()]
+
+
 def _list_index(node: list[Any], key: str, override: str) -> int:
     if not key.isdigit() or int(key) >= len(node):
         raise InputError(f"override {override!r}: {key!r} is not an index into a list of {len(node)}")

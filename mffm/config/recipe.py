@@ -283,6 +283,7 @@ class Recipe(Schema):
         named: dict[str, set[str]] = {
             "loss.weights": set(self.loss.weights),
             "references.given": set(self.references.given),
+            "references.anchor": {self.references.anchor} if self.references.anchor else set(),
             "model.d3": set(self.model.d3),
             "model.heads.init_from": set(self.model.heads.init_from) | set(self.model.heads.init_from.values()),
             "model.heads.base": {self.model.heads.base} if self.model.heads.base else set(),

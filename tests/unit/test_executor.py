@@ -1,10 +1,12 @@
+import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
 
-from mffm.executor import Job, LocalExecutor
+from mffm.errors import InputError
+from mffm.executor import Job, LocalExecutor, locked, process_of
 
 
 def python(code: str) -> list[str]:
@@ -53,3 +55,30 @@ def test_interrupt_ends_the_processes(tmp_path: Path):
     before = marker.read_text()
     time.sleep(0.2)
     assert marker.read_text() == before
+
+
+def test_cpu_time_of_each_job(tmp_path: Path):
+    busy = "import time\nwhile time.process_time() < 0.6: pass"
+    jobs = [Job("busy", python(busy), tmp_path / "b.log"), Job("idle", python("pass"), tmp_path / "i.log")]
+    executor = LocalExecutor(2, poll_seconds=0.02)
+    executor.run(jobs, lambda s: None)
+    assert 0.6 <= executor.cpu_seconds["busy"] < 1.2
+    assert executor.cpu_seconds["idle"] < 0.5
+
+
+def test_a_lock_is_held_once_and_a_process_is_found_by_its_arguments(tmp_path: Path):
+    with locked(tmp_path / "lock"), pytest.raises(InputError, match="another controller"), locked(tmp_path / "lock"):
+        pass
+    with locked(tmp_path / "lock"):
+        pass
+    folder = tmp_path / "run"
+    process = subprocess.Popen([*python("import time; time.sleep(60)"), f"run={folder}"])
+    try:
+        deadline = time.monotonic() + 20
+        while process_of(folder) is None and time.monotonic() < deadline:
+            time.sleep(0.02)
+        assert process_of(tmp_path / "other", folder) == process.pid
+        assert process_of(tmp_path / "other") is None
+    finally:
+        process.kill()
+        process.wait()

@@ -41,6 +41,7 @@ def test_missing_key_is_named():
     [
         {"loss": {"weights": {"scan": {"energy": 1}}}},
         {"references": {"given": {"scan": {"H": 1.0}}}},
+        {"references": {"anchor": "scan"}},
         {"model": {"heads": {"kind": "delta", "base": "scan"}}},
         {"model": {"heads": {"kind": "independent", "init_from": {"pbe": "scan"}}}},
     ],

@@ -230,7 +230,7 @@ def test_one_controller_a_folder_and_no_orphans(make_recipe: Callable[..., Path]
     assert sweep.study.trials[0].state is TrialState.RUNNING
     with (folder / "lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        with pytest.raises(InputError, match="another sweep controller"):
+        with pytest.raises(InputError, match="another controller"):
             run_sweep(sweep_of(), recipe, folder, trainings, 1)
     orphan = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)", f"run={folder / 'trial-0000'}"])
     try:

@@ -1,0 +1,218 @@
+"""The page of a study: Markdown from its summary."""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from mffm.keys import REPORT_UNITS
+from mffm.study.curves import Bounded
+
+KINDS = {"iid": "IID", "ood": "OOD"}
+Summary = Mapping[str, Any]
+
+
+def markdown(summary: Summary) -> str:
+    """Return the report as Markdown."""
+    parts = [
+        [f"# Study {summary['study']}", "", _made(summary)],
+        _incomplete(summary),
+        ["## Advice", "", *(f"- {line}" for line in summary["advice"])],
+        ["## Learning curves", "", "![learning curves](learning_curves.png)", "", _curves_note(summary)],
+        *(_errors(summary, panel) for panel in summary["curves"]),
+        _factors(summary),
+        _cost(summary),
+        _fairness(summary),
+        _gates(summary),
+        _methods(summary),
+    ]
+    return "\n\n".join("\n".join(part) for part in parts if part) + "\n"
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """Return the lines of a Markdown table."""
+    return [f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows)]
+
+
+def _made(summary: Summary) -> str:
+    splits = "; ".join(
+        f"{KINDS[kind]}: split `{s['split']}`, {', '.join(f'{n} {p}' for p, n in s['labels'].items())}"
+        for kind, s in summary["splits"].items()
+    )
+    seeds = ", ".join(str(s) for s in summary["seeds"])
+    return (
+        f"Errors on `{summary['high']}` labels. {splits}. Seeds {seeds}. Made {summary['date']} on "
+        f"{summary['machine']}, mffm {summary['versions']['mffm']}, torch {summary['versions']['torch']}. Store "
+        f"`{summary['store']['name']}`, fingerprint `{summary['store']['fingerprint'][:16]}`."
+    )
+
+
+def _incomplete(summary: Summary) -> list[str]:
+    if not summary["missing"]:
+        return []
+    lines = [f"**Not complete:** {len(summary['missing'])} cells are missing: {', '.join(summary['missing'])}."]
+    return lines + [f"- {name} failed: {why}" for name, why in summary["failed"].items()]
+
+
+def _ordered(summary: Summary, names: Iterable[str]) -> list[str]:
+    """Return methods with those last that need a low-fidelity calculation at inference."""
+    return sorted(names, key=lambda n: summary["methods"][n]["needs_lf_at_inference"])
+
+
+def _title(summary: Summary, name: str) -> str:
+    method = summary["methods"][name]
+    return method["title"] + (" †" if method["needs_lf_at_inference"] else "")
+
+
+def _curves_note(summary: Summary) -> str:
+    text = "Geometric means over the seeds; in brackets, and as bars in the figure, the least and the most of a seed."
+    if any(m["needs_lf_at_inference"] for m in summary["methods"].values()):
+        text += " † needs a low-fidelity calculation for every prediction (broken lines); ranked apart."
+    return text
+
+
+def _errors(summary: Summary, panel: str) -> list[str]:
+    kind, prop = panel.split("/")
+    methods = summary["curves"][panel]
+    labels = sorted({p["n_high"] for points in methods.values() for p in points})
+    rows = []
+    for name in _ordered(summary, methods):
+        at = {p["n_high"]: p for p in methods[name]}
+        rows.append([_title(summary, name), *(_point(at.get(n)) for n in labels)])
+    unit = REPORT_UNITS[prop][0]
+    return [
+        f"### {KINDS[kind]} {prop}, MAE in {unit}", "",
+        *table([f"`{summary['high']}` frames", *(str(n) for n in labels)], rows),
+    ]  # fmt: skip
+
+
+def _point(point: Mapping[str, Any] | None) -> str:
+    if point is None:
+        return ""
+    if point["seeds"] == 1:
+        return f"{point['mean']:.4g}"
+    return f"{point['mean']:.4g} ({point['least']:.4g} to {point['most']:.4g})"
+
+
+def _factors(summary: Summary) -> list[str]:
+    lines = [
+        "## Labels saved", "",
+        "k = labels that a baseline needs for a method's error ÷ labels of the method, from straight lines between the "
+        "baseline's points in the logarithms of labels and error, at the first crossing. `>`: the baseline does not "
+        "get so good with its most labels; `≤`: it is as good with its least. In brackets: the least and the most of a "
+        "seed, each against the baseline of the same seed. Last column: k at the least error that the baseline "
+        "reaches; `≥`: the method is as good with its least labels; `<`: it never is.",
+    ]  # fmt: skip
+    for baseline in summary["baselines"]:
+        for panel, found in summary["factors"].items():
+            methods = found.get(baseline)
+            if not methods:
+                continue
+            kind, prop = panel.split("/")
+            labels = sorted({p["n_high"] for m in methods.values() for p in m["points"]})
+            rows = []
+            for name in _ordered(summary, methods):
+                at = {p["n_high"]: p for p in methods[name]["points"]}
+                cells = [_k(at.get(n)) for n in labels]
+                rows.append([_title(summary, name), *cells, _text(methods[name]["at_best"])])
+            head = [f"`{summary['high']}` frames", *(str(n) for n in labels), "at the baseline's best"]
+            lines += ["", f"### k against {summary['methods'][baseline]['title']}, {KINDS[kind]} {prop}", ""]
+            lines += table(head, rows)
+    return lines
+
+
+def _k(point: Mapping[str, Any] | None) -> str:
+    if point is None:
+        return ""
+    seeds = sorted(point["seeds"].values(), key=lambda b: b["k"])
+    spread = f" ({_text(seeds[0])} to {_text(seeds[-1])})" if len(seeds) > 1 else ""
+    return _text(point) + spread
+
+
+def _text(k: Mapping[str, Any]) -> str:
+    return Bounded(k["k"], k["bound"]).text()
+
+
+def _cost(summary: Summary) -> list[str]:
+    def minutes(value: float | None) -> str:
+        return "not measured" if value is None else f"{value:.2g}"
+
+    rows = []
+    for name in _ordered(summary, summary["methods"]):
+        own, stage = summary["cpu_minutes"][name]["own"], summary["cpu_minutes"][name]["stage"]
+        steps = " or ".join(str(s) for s in summary["methods"][name]["steps"])
+        rows.append([_title(summary, name), steps, minutes(own), minutes(stage)])
+    head = ["method", "optimiser steps, stage and own", "CPU minutes of a cell's training", "CPU minutes of its stage"]
+    return [
+        "## CPU time", "",
+        "Means over the cells; start-up, validation and every attempt included. A stage is trained once per seed, for "
+        "all cells.", "",
+        *table(head, rows),
+    ]  # fmt: skip
+
+
+def _fairness(summary: Summary) -> list[str]:
+    fair, title = summary["fairness"], lambda n: summary["methods"][n]["title"]
+    lines = ["## What is equal", ""]
+    if fair["steps_equal"]:
+        lines.append(f"- Optimiser steps: {next(iter(fair['steps'].values()))[0]} for every method, stages included.")
+    else:
+        each = ", ".join(f"{title(n)} {' or '.join(str(s) for s in steps)}" for n, steps in fair["steps"].items())
+        lines.append(f"- **Optimiser steps are not equal**: {each}.")
+    if fair["stopped_early"]:
+        lines.append(f"- Stopped early on validation (train.patience): {', '.join(fair['stopped_early'])}.")
+    test = "; ".join(
+        f"{KINDS[kind]} " + ", ".join(f"{' or '.join(str(n) for n in sizes)} {p}" for p, sizes in props.items())
+        for kind, props in fair["test_labels"].items()
+    )
+    if fair["test_equal"]:
+        lines.append(f"- Test set: the same labels for every cell ({test}).")
+    else:
+        lines.append(f"- **The test sets are not equal**: labels counted are {test}.")
+    if fair["high_frames_equal"]:
+        nested = "are a part of more" if fair["high_frames_nested"] else "are **not** a part of more"
+        lines.append(
+            f"- High-fidelity frames: at equal number and seed all methods have the same ones, and fewer {nested}."
+        )
+    else:
+        lines.append(f"- **High-fidelity frames differ**: {'; '.join(fair['high_frames_unequal'])}.")
+    alike = [names for names in fair["same_batches"] if len(names) > 1]
+    shown = "; ".join(", ".join(title(n) for n in names) for names in alike)
+    lines.append(
+        f"- Batches: the same draws of (frame, fidelity), step by step as far as they go, for {shown}; other methods "
+        "have other pools."
+        if alike else "- Batches: no two methods have the same pools, so each has its own draws."
+    )  # fmt: skip
+    counts = ", ".join(f"{n} {p}" for p, n in fair["validation_labels"].items()) or "none"
+    lines.append(
+        f"- Validation: the best weights are chosen on split `{fair['validation_split']}`, which has {counts} labels "
+        f"of `{summary['high']}` beside those counted above, the same for every method that uses them."
+    )
+    lines.append(
+        "- Tuning: none is part of the study. Every method has the base recipe's values but for the changes below."
+    )
+    return lines
+
+
+def _gates(summary: Summary) -> list[str]:
+    if not summary["gates"]:
+        return []
+    rows = [
+        [f"`{g['low']}`", str(g["frames"]), *("not known" if g[k] is None else f"{g[k]:.3f}" for k in
+         ("r2", "force_cosine"))]
+        for g in summary["gates"]
+    ]  # fmt: skip
+    head = ["low fidelity", "training frames with both", "R² of energies after references", "cosine of forces"]
+    return [f"## How far the low fidelity is from `{summary['high']}`", "", *table(head, rows)]
+
+
+def _methods(summary: Summary) -> list[str]:
+    rows = []
+    for name in _ordered(summary, summary["methods"]):
+        method = summary["methods"][name]
+        changes = "<br>".join(f"`{k}: {json.dumps(v)}`" for k, v in method["changes"].items()) or "none"
+        if method["refit"]:
+            changes = "no training: references refitted"
+        stage = method["start_from"] or method["refit"] or ""
+        shown = "<br>".join(f"`{k}: {json.dumps(v)}`" for k, v in method["stage_changes"].items())
+        rows.append([f"{_title(summary, name)} (`{name}`)", changes, f"`{stage}`<br>{shown}" if stage else ""])
+    return ["## Methods", "", *table(["method", "changes in the base recipe", "stage, and its changes"], rows)]

@@ -1,0 +1,161 @@
+"""A study YAML becomes ordinary recipes; mistakes are one clear error."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mffm.config.study import load_study
+from mffm.errors import InputError
+from mffm.study.gate import Gate, _require, compare, gates
+from mffm.study.grid import Grid, expand
+
+from .conftest import HIGH, content
+
+
+def grid_of(path: Path, *overrides: str) -> Grid:
+    return expand(load_study(path, overrides), path, path.parent / "out")
+
+
+def test_every_cell_is_a_recipe_with_its_labels_and_seed(make_study: Callable[..., Path]):
+    grid = grid_of(make_study())
+    assert len(grid.cells) == 4 * 2 * 2
+    assert len(grid.trainings) == 2 + 3 * 2 * 2, "a stage once a seed, no training for the refit"
+    recipe = grid.trainings["methods/delta/n16-s1"].recipe
+    low, high = recipe.data.plan.pools
+    assert (high.max_frames, high.seed, low.max_frames, low.seed) == (16, 1, None, 0)
+    assert (recipe.seed, recipe.train.threads, recipe.log.group) == (1, 1, "tiny")
+    assert recipe.data.fingerprint == grid.store.fingerprint
+    assert recipe.model.heads.kind == "delta"
+    assert grid.trainings["methods/hf_only/n8-s0"].recipe.fidelities == ["pbe"]
+
+
+def test_stages_are_shared_and_counted(make_study: Callable[..., Path]):
+    grid = grid_of(make_study())
+    for n in (8, 16):
+        training = grid.trainings[f"methods/fine_tune/n{n}-s1"]
+        assert training.after == "stages/low/s1"
+        assert training.recipe.start_from == grid.trainings["stages/low/s1"].recipe.run
+    cells = {c.name: c for c in grid.cells}
+    assert grid.steps(cells["fine_tune/n8-s0"]) == 2 + 2
+    assert grid.steps(cells["delta/n8-s0"]) == 4
+    refit = cells["low_only/n8-s1"]
+    assert (refit.training, refit.asked, refit.fidelity) == ("stages/low/s1", "gfn2", "pbe")
+    assert refit.is_refit
+    assert list(grid.trainings)[:2] == ["stages/low/s0", "stages/low/s1"]
+
+
+def test_methods_draw_the_same_high_frames_and_more_contain_fewer(make_study: Callable[..., Path]):
+    cells = {c.name: c for c in grid_of(make_study()).cells}
+    for method in ("delta", "fine_tune", "low_only"):
+        for point in ("n8-s0", "n16-s0", "n8-s1"):
+            assert np.array_equal(cells[f"{method}/{point}"].high_rows, cells[f"hf_only/{point}"].high_rows)
+    assert set(cells["delta/n8-s0"].high_rows) < set(cells["delta/n16-s0"].high_rows)
+    assert set(cells["delta/n8-s0"].high_rows) != set(cells["delta/n8-s1"].high_rows)
+
+
+def test_all_labels_and_a_method_with_numbers_of_its_own(make_study: Callable[..., Path]):
+    methods = content()["methods"]
+    methods["hf_only"]["n_high"] = ["all", 8]
+    grid = grid_of(make_study(methods=methods))
+    there = int((grid.store.has("pbe", "energy") & (grid.store.split == grid.store.split_index("train"))).sum())
+    found = sorted({c.n_high for c in grid.cells if c.method == "hf_only"})
+    assert found == [8, there]
+    assert grid.trainings[f"methods/hf_only/n{there}-s0"].recipe.data.plan.pools[0].max_frames == there
+
+
+def test_a_method_on_labels_of_its_own(make_study: Callable[..., Path]):
+    own = {"data.plan.pools": [{"fidelity": "ccsdt", "properties": ["energy"]}], "model.heads": {"kind": "shared"}}
+    method = {"fidelity": "ccsdt", "needs_lf_at_inference": True, "changes": own}
+    grid = grid_of(make_study(methods={**content()["methods"], "exact": method}, properties=["energy"]))
+    cells = {c.name: c for c in grid.cells}
+    assert (cells["exact/n8-s1"].fidelity, cells["exact/n8-s1"].is_refit) == ("ccsdt", False)
+    assert np.array_equal(cells["exact/n8-s1"].high_rows, cells["hf_only/n8-s1"].high_rows)
+    (pool,) = grid.trainings["methods/exact/n8-s1"].recipe.data.plan.pools
+    assert (pool.fidelity, pool.max_frames, pool.seed) == ("ccsdt", 8, 1)
+    with pytest.raises(InputError, match=r"methods.exact.fidelity: iid split 'test' .* has no ccsdt forces labels"):
+        grid_of(make_study(methods={**content()["methods"], "exact": method}))
+
+
+def test_methods_keep_the_order_of_the_file(make_study: Callable[..., Path]):
+    assert list(load_study(make_study(), ["methods.late.title=x"]).methods)[:2] == ["hf_only", "delta"]
+
+
+def without(name: str) -> dict[str, Any]:
+    return {k: v for k, v in content()["methods"].items() if k != name}
+
+
+METHODS = content()["methods"]
+STAGES = content()["stages"]
+MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
+    "unknown key": ({"labels": [1]}, "labels: unknown key"),
+    "unknown baseline": ({"baselines": ["best"]}, "baselines: no method 'best'; methods: hf_only, delta"),
+    "unknown stage": (
+        {"methods": {**METHODS, "x": {"start_from": "middle"}}}, "no stage 'middle'; stages: low"
+    ),
+    "unused stage": ({"stages": {**STAGES, "spare": {}}}, "stages.spare: no method"),
+    "numbers twice": ({"n_high": [8, 8]}, "n_high: 8 is given twice"),
+    "too many labels": ({"n_high": [8, 5000]}, "5000 frames with pbe labels are asked for, the training split has"),
+    "fidelity not in the store": ({"high": "b3lyp"}, "'b3lyp' is not in the store"),
+    "split not in the store": ({"ood": "ood"}, "ood: .*no split 'ood'; splits: .*test"),
+    "property without labels": (
+        {"high": "ccsdt", "properties": ["forces"]}, "has no ccsdt forces labels to judge by; it has .* energy"
+    ),
+    "own key changed": (
+        {"methods": {**METHODS, "x": {"changes": {"seed": 3}}}}, "seed is set by the study itself"
+    ),
+    "wrong recipe value": (
+        {"methods": {**METHODS, "x": {"changes": {"model.heads.kind": "many"}}}}, "methods.x: .*\n.*model.heads.kind"
+    ),
+    "no high pool": (
+        {"methods": {**METHODS, "x": {"changes": {
+            "data.plan.pools": [{"fidelity": "gfn2"}], "model.heads": {"kind": "shared"}}}}},
+        "0 pools of 'pbe', one is needed",
+    ),
+    "high labels in a stage": (
+        {"stages": {"low": {"changes": {"data.plan.pools": HIGH, "model.heads": {"kind": "shared"}}}}},
+        "stages.low: has a pool of 'pbe'",
+    ),
+    "refit with changes": (
+        {"methods": {**METHODS, "x": {"refit": "low", "changes": {"optim.lr": 1}}}}, "refit has no training of its own"
+    ),
+    "another fidelity unmarked": (
+        {"methods": {**METHODS, "x": {"fidelity": "ccsdt"}}}, "needs_lf_at_inference: true"
+    ),
+    "no base recipe": ({"recipe": "none.yaml"}, "none.yaml: no such file"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_is_one_error(make_study: Callable[..., Path], name: str):
+    changes, message = MISTAKES[name]
+    with pytest.raises(InputError, match=f"(?s){message}"):
+        grid_of(make_study(**changes))
+
+
+def test_gate_of_a_related_low_fidelity(make_study: Callable[..., Path]):
+    (gate,) = gates(grid_of(make_study()))
+    assert gate.low == "gfn2"
+    assert gate.r2 is not None
+    assert 0.5 < gate.r2 < 1
+    assert gate.force_cosine is not None
+    assert 0.7 < gate.force_cosine < 1
+
+
+def test_gate_refuses_what_is_unrelated(make_study: Callable[..., Path], monkeypatch: pytest.MonkeyPatch):
+    grid = grid_of(make_study())
+    true = type(grid.store).energies
+    rng = np.random.default_rng(0)
+
+    def shuffled(store: Any, fidelity: str, rows: np.ndarray) -> np.ndarray:
+        energies = true(store, fidelity, rows)
+        return rng.permutation(energies) if fidelity == "gfn2" else energies
+
+    monkeypatch.setattr(type(grid.store), "energies", shuffled)
+    with pytest.raises(InputError, match="gfn2 says little of pbe"):
+        gates(grid)
+    monkeypatch.undo()
+    assert compare(grid.store, "val", "gfn2", "pbe").n_frames < 40
+    _require([Gate("gfn2", 3, None, None)], "pbe")  # too few frames say nothing

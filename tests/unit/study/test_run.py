@@ -1,0 +1,195 @@
+"""A study trains each cell once, goes on after an interruption, judges on the same labels and reports."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from mffm.config.study import load_study
+from mffm.errors import InputError
+from mffm.executor import Executor, locked
+from mffm.study import report
+from mffm.study.gate import gates
+from mffm.study.grid import expand
+from mffm.study.page import markdown
+from mffm.study.run import StudyRun
+
+from .conftest import InProcess, content
+
+SMALL = {"n_high": [8, 16], "seeds": [0]}
+
+
+def study_run(path: Path, executor: Executor, *overrides: str) -> StudyRun:
+    folder = path.parent / "out"
+    return StudyRun(expand(load_study(path, overrides), path, folder), folder, executor, say=lambda line: None)
+
+
+def test_goes_on_after_an_interruption_and_reports(make_study: Callable[..., Path]):
+    path = make_study(**SMALL)
+    first = InProcess(die_after=3)
+    with pytest.raises(KeyboardInterrupt):
+        study_run(path, first).train()
+    assert [name for name, _, _ in first.commands] == [
+        "stages/low/s0", "methods/hf_only/n8-s0", "methods/hf_only/n16-s0"
+    ]  # fmt: skip
+    second = InProcess()
+    run = study_run(path, second)
+    assert run.train() == {}
+    names = [name for name, _, _ in second.commands]
+    assert len(names) == 4
+    assert not set(names) & {n for n, _, _ in first.commands}, "a finished cell was trained again"
+    assert {command for _, command, _ in second.commands} == {"train"}
+    third = InProcess()
+    again = study_run(path, third)
+    assert again.train() == {}
+    assert third.commands == []
+
+    judged = again.judge()
+    assert {one.cell.name for one in judged} == {c.name for c in again.grid.cells}
+    summary = report.summarise(again.grid, judged, gates(again.grid), {})
+    report.write(again.grid, summary, again.folder)
+    check_summary(json.loads((again.folder / "report.json").read_text()))
+    check_page((again.folder / "report.md").read_text())
+    assert (again.folder / "learning_curves.png").stat().st_size > 10_000
+
+    stamp = (again.folder / "errors" / "delta" / "n8-s0.json").stat().st_mtime_ns
+    assert [one.errors for one in again.judge()] == [one.errors for one in judged]
+    assert (again.folder / "errors" / "delta" / "n8-s0.json").stat().st_mtime_ns == stamp, "judged twice"
+
+
+def check_summary(summary: dict[str, Any]) -> None:
+    assert summary["missing"] == []
+    fair = summary["fairness"]
+    assert fair["steps"] == {"hf_only": [4], "delta": [4], "fine_tune": [4], "low_only": [2]}
+    assert not fair["steps_equal"], "the low fidelity alone has two steps"
+    assert fair["test_equal"]
+    assert fair["high_frames_equal"]
+    assert fair["same_batches"] == [["hf_only", "fine_tune"], ["delta"]], "the pools tell"
+    points = summary["curves"]["iid/energy"]["delta"]
+    assert [p["n_high"] for p in points] == [8, 16]
+    errors = {(c["method"], c["n_high"]): c["errors"]["iid"][0] for c in summary["cells"]}
+    assert points[0]["mean"] == pytest.approx(errors["delta", 8]["mae"])
+    assert errors["low_only", 8]["mae"] != errors["low_only", 16]["mae"], "references were not refitted"
+    assert set(summary["factors"]["iid/forces"]) == {"hf_only", "fine_tune"}
+    assert set(summary["factors"]["iid/forces"]["hf_only"]) == {"delta", "fine_tune", "low_only"}
+    assert summary["advice"]
+
+
+def check_page(page: str) -> None:
+    for text in (
+        "## Advice", "![learning curves](learning_curves.png)", "### IID energy, MAE in meV/atom",
+        "### k against PBE alone, IID forces", "## CPU time", "not measured", "Optimiser steps are not equal",
+        "Test set: the same labels for every cell", "all methods have the same ones", "`gfn2`", "references refitted",
+        "One seed",
+    ):  # fmt: skip
+        assert text in page, text
+
+
+def test_a_training_cut_short_is_resumed(make_study: Callable[..., Path]):
+    from mffm.config.base import load
+    from mffm.config.recipe import Recipe
+    from mffm.training import loop
+
+    path = make_study(**SMALL, methods={"hf_only": content()["methods"]["hf_only"]}, stages={}, baselines=["hf_only"])
+    run = study_run(path, InProcess(die_after=0))
+    with pytest.raises(KeyboardInterrupt):
+        run.train()
+    name = "methods/hf_only/n8-s0"
+    recipe = load(Recipe, run.folder / "recipes" / f"{name}.yaml")
+    loop.train(recipe.model_copy(update={"train": recipe.train.model_copy(update={"steps": 2})}))
+    saved = run.folder / "runs" / name / "recipe.yaml"
+    saved.write_text(saved.read_text().replace("  steps: 2\n", "  steps: 4\n"))  # as if a kill had come at step 2
+    executor = InProcess()
+    again = study_run(path, executor)
+    again.train()
+    assert [(n, c) for n, c, _ in executor.commands] == [(name, "resume"), ("methods/hf_only/n16-s0", "train")]
+    assert {one.last_step for one in again.judge()} == {4}
+
+
+def test_a_failed_training_leaves_a_gap_that_the_report_names(make_study: Callable[..., Path]):
+    methods = {name: content()["methods"][name] for name in ("hf_only", "delta")}
+    path = make_study(n_high=[8], seeds=[0], methods=methods, stages={}, baselines=["hf_only"])
+    run = study_run(path, InProcess(fail="methods/delta/n8-s0"))
+    failed = run.train()
+    assert failed == {"methods/delta/n8-s0": "error: no luck"}
+    summary = report.summarise(run.grid, run.judge(), [], failed)
+    assert summary["missing"] == ["delta/n8-s0"]
+    page = markdown(summary)
+    assert "**Not complete:** 1 cells are missing: delta/n8-s0" in page
+    assert "methods/delta/n8-s0 failed: error: no luck" in page
+    assert "delta head" not in " ".join(summary["advice"]), "ranked without its cell"
+    executor = InProcess()
+    assert study_run(path, executor).train() == {}
+    assert [n for n, _, _ in executor.commands] == ["methods/delta/n8-s0"]
+
+
+def test_another_recipe_in_the_same_folder_is_refused(make_study: Callable[..., Path]):
+    methods = {"hf_only": content()["methods"]["hf_only"]}
+    path = make_study(**SMALL, methods=methods, stages={}, baselines=["hf_only"])
+    study_run(path, InProcess()).train()
+    with pytest.raises(InputError, match=r"holds a run of methods/hf_only/n8-s0 with another recipe \(optim.lr\)"):
+        study_run(path, InProcess(), "changes={optim.lr: 0.01}").train()
+    more = InProcess()
+    study_run(path, more, "n_high=[8, 12, 16]").train()
+    assert [n for n, _, _ in more.commands] == ["methods/hf_only/n12-s0"], "a grid may grow"
+    with locked(path.parent / "out" / "lock"), pytest.raises(InputError, match="another controller"):
+        study_run(path, InProcess()).train()
+
+
+def test_a_training_that_a_killed_study_left_running_is_not_started_twice(make_study: Callable[..., Path]):
+    methods = {"hf_only": content()["methods"]["hf_only"]}
+    run = study_run(make_study(**SMALL, methods=methods, stages={}, baselines=["hf_only"]), InProcess())
+    recipe = run.folder / "recipes" / "methods" / "hf_only" / "n16-s0.yaml"
+    orphan = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(100)", str(recipe)])
+    try:
+        with pytest.raises(InputError, match=f"n16-s0: process {orphan.pid} of an earlier start still trains it"):
+            run.train()
+    finally:
+        orphan.kill()
+        orphan.wait()
+
+
+def test_command_line_refuses_a_wrong_study_with_code_2(make_study: Callable[..., Path], run_mffm: Callable[..., Any]):
+    done = run_mffm("study", str(make_study(baselines=["best"])))
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ")
+    assert "baselines: no method 'best'" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+def test_killed_study_goes_on_from_checkpoints(make_study: Callable[..., Path], run_mffm: Callable[..., Any]):
+    methods = {"hf_only": content()["methods"]["hf_only"]}
+    changes = {"train.steps": 60, "train.save_every": 5, "train.validate_every": 60}
+    path = make_study(n_high=[8, 16], seeds=[0], methods=methods, stages={}, baselines=["hf_only"], changes=changes)
+    folder = path.parent / "out"
+    command = [sys.executable, "-m", "mffm", "study", str(path), "--folder", str(folder)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    latest = folder / "runs" / "methods" / "hf_only" / "n8-s0" / "checkpoints" / "latest"
+    deadline = time.monotonic() + 200
+    while not latest.exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    os.kill(process.pid, signal.SIGTERM)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 75, stderr
+    assert "the same command goes on" in stderr
+    assert not (folder / "records" / "methods").exists(), "killed too late to show anything"
+
+    done = run_mffm("study", str(path), "--folder", str(folder))
+    assert done.returncode == 0, done.stderr
+    log = (folder / "logs" / "methods" / "hf_only" / "n8-s0.log").read_text()
+    assert "resumed from step-" in log
+    summary = json.loads((folder / "report.json").read_text())
+    assert [c["last_step"] for c in summary["cells"]] == [60, 60]
+    assert all(c["cpu_seconds"] > 1 for c in summary["cells"])
+    assert "report: " in done.stdout
+    recipe = yaml.safe_load((folder / "recipes" / "methods" / "hf_only" / "n8-s0.yaml").read_text())
+    assert recipe["data"]["plan"]["pools"][0]["max_frames"] == 8
