@@ -22,7 +22,7 @@ from mffm.study.grid import expand
 from mffm.study.page import markdown
 from mffm.study.run import StudyRun
 
-from .conftest import InProcess, content
+from .conftest import OneProcess, content, train_all
 
 SMALL = {"n_high": [8, 16], "seeds": [0]}
 
@@ -34,20 +34,20 @@ def study_run(path: Path, executor: Executor, *overrides: str) -> StudyRun:
 
 def test_goes_on_after_an_interruption_and_reports(make_study: Callable[..., Path]):
     path = make_study(**SMALL)
-    first = InProcess(die_after=3)
+    first = OneProcess(die_after=3)
     with pytest.raises(KeyboardInterrupt):
         study_run(path, first).train()
     assert [name for name, _, _ in first.commands] == [
         "stages/low/s0", "methods/hf_only/n8-s0", "methods/hf_only/n16-s0"
     ]  # fmt: skip
-    second = InProcess()
+    second = OneProcess()
     run = study_run(path, second)
     assert run.train() == {}
     names = [name for name, _, _ in second.commands]
     assert len(names) == 4
     assert not set(names) & {n for n, _, _ in first.commands}, "a finished cell was trained again"
     assert {command for _, command, _ in second.commands} == {"train"}
-    third = InProcess()
+    third = OneProcess()
     again = study_run(path, third)
     assert again.train() == {}
     assert third.commands == []
@@ -94,20 +94,18 @@ def check_page(page: str) -> None:
 
 
 def test_a_training_cut_short_is_resumed(make_study: Callable[..., Path]):
-    from mffm.config.base import load
-    from mffm.config.recipe import Recipe
-    from mffm.training import loop
-
     path = make_study(**SMALL, methods={"hf_only": content()["methods"]["hf_only"]}, stages={}, baselines=["hf_only"])
-    run = study_run(path, InProcess(die_after=0))
+    run = study_run(path, OneProcess(die_after=0))
     with pytest.raises(KeyboardInterrupt):
         run.train()
     name = "methods/hf_only/n8-s0"
-    recipe = load(Recipe, run.folder / "recipes" / f"{name}.yaml")
-    loop.train(recipe.model_copy(update={"train": recipe.train.model_copy(update={"steps": 2})}))
+    recipe = yaml.safe_load((run.folder / "recipes" / f"{name}.yaml").read_text())
+    recipe["train"]["steps"] = 2
+    (path.parent / "short.yaml").write_text(yaml.safe_dump(recipe))
+    train_all([("train", str(path.parent / "short.yaml"))])
     saved = run.folder / "runs" / name / "recipe.yaml"
     saved.write_text(saved.read_text().replace("  steps: 2\n", "  steps: 4\n"))  # as if a kill had come at step 2
-    executor = InProcess()
+    executor = OneProcess()
     again = study_run(path, executor)
     again.train()
     assert [(n, c) for n, c, _ in executor.commands] == [(name, "resume"), ("methods/hf_only/n16-s0", "train")]
@@ -117,7 +115,7 @@ def test_a_training_cut_short_is_resumed(make_study: Callable[..., Path]):
 def test_a_failed_training_leaves_a_gap_that_the_report_names(make_study: Callable[..., Path]):
     methods = {name: content()["methods"][name] for name in ("hf_only", "delta")}
     path = make_study(n_high=[8], seeds=[0], methods=methods, stages={}, baselines=["hf_only"])
-    run = study_run(path, InProcess(fail="methods/delta/n8-s0"))
+    run = study_run(path, OneProcess(fail="methods/delta/n8-s0"))
     failed = run.train()
     assert failed == {"methods/delta/n8-s0": "error: no luck"}
     summary = report.summarise(run.grid, run.judge(), [], failed)
@@ -126,7 +124,7 @@ def test_a_failed_training_leaves_a_gap_that_the_report_names(make_study: Callab
     assert "**Not complete:** 1 cells are missing: delta/n8-s0" in page
     assert "methods/delta/n8-s0 failed: error: no luck" in page
     assert "delta head" not in " ".join(summary["advice"]), "ranked without its cell"
-    executor = InProcess()
+    executor = OneProcess()
     assert study_run(path, executor).train() == {}
     assert [n for n, _, _ in executor.commands] == ["methods/delta/n8-s0"]
 
@@ -134,19 +132,19 @@ def test_a_failed_training_leaves_a_gap_that_the_report_names(make_study: Callab
 def test_another_recipe_in_the_same_folder_is_refused(make_study: Callable[..., Path]):
     methods = {"hf_only": content()["methods"]["hf_only"]}
     path = make_study(**SMALL, methods=methods, stages={}, baselines=["hf_only"])
-    study_run(path, InProcess()).train()
+    study_run(path, OneProcess()).train()
     with pytest.raises(InputError, match=r"holds a run of methods/hf_only/n8-s0 with another recipe \(optim.lr\)"):
-        study_run(path, InProcess(), "changes={optim.lr: 0.01}").train()
-    more = InProcess()
+        study_run(path, OneProcess(), "changes={optim.lr: 0.01}").train()
+    more = OneProcess()
     study_run(path, more, "n_high=[8, 12, 16]").train()
     assert [n for n, _, _ in more.commands] == ["methods/hf_only/n12-s0"], "a grid may grow"
     with locked(path.parent / "out" / "lock"), pytest.raises(InputError, match="another controller"):
-        study_run(path, InProcess()).train()
+        study_run(path, OneProcess()).train()
 
 
 def test_a_training_that_a_killed_study_left_running_is_not_started_twice(make_study: Callable[..., Path]):
     methods = {"hf_only": content()["methods"]["hf_only"]}
-    run = study_run(make_study(**SMALL, methods=methods, stages={}, baselines=["hf_only"]), InProcess())
+    run = study_run(make_study(**SMALL, methods=methods, stages={}, baselines=["hf_only"]), OneProcess())
     recipe = run.folder / "recipes" / "methods" / "hf_only" / "n16-s0.yaml"
     orphan = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(100)", str(recipe)])
     try:
