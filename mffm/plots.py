@@ -125,15 +125,15 @@ def rank_curves(
 
 
 def errors_at_time(
-    path: Path, panels: Mapping[str, Mapping[str, Sequence[tuple[Sequence[float], Sequence[float]]]]]
+    path: Path, panels: Mapping[str, Mapping[str, Sequence[tuple[Sequence[float], Sequence[float], bool]]]]
 ) -> None:
     """Write one figure of errors against CPU minutes, both logarithmic, a panel for each y label.
 
-    An entry of a panel has one (minutes, errors) pair of sequences for every length of its schedule; a filled dot is
-    the end of a schedule.
+    An entry of a panel has (minutes, errors, whether the last is the end) for every length of its schedule; a filled
+    dot is the end of a schedule.
     """
     from matplotlib.lines import Line2D
-    from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     plt = _pyplot()
     columns = min(len(panels), 3)
@@ -147,15 +147,16 @@ def errors_at_time(
     for axis, (ylabel, entries) in zip(axes.flat, panels.items(), strict=False):
         for name, schedules in entries.items():
             color, line = styles[name]
-            for minutes, errors in schedules:
+            for minutes, errors, is_over in schedules:
                 axis.plot(minutes, errors, line, color=color, linewidth=1.4)
-                axis.plot(minutes[:-1], errors[:-1], "o", markersize=3, color=color, markerfacecolor="white")
-                axis.plot(minutes[-1:], errors[-1:], "o", markersize=4, color=color)
+                axis.plot(minutes, errors, "o", markersize=3, color=color, markerfacecolor="white")
+                if is_over:
+                    axis.plot(minutes[-1:], errors[-1:], "o", markersize=4, color=color)
         axis.set_xscale("log")
         axis.set_yscale("log")
         for scale, steps in ((axis.xaxis, (1, 2, 5)), (axis.yaxis, (1, 2, 3, 5, 7))):
             scale.set_major_locator(LogLocator(subs=steps))
-            scale.set_major_formatter(ScalarFormatter())
+            scale.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
             scale.set_minor_formatter(NullFormatter())
         axis.set_xlabel("CPU minutes, one thread")
         axis.set_ylabel(ylabel)

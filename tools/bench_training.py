@@ -207,8 +207,12 @@ def machine() -> str:
     return f"{model}, 1 thread"
 
 
-def run(dataset: str, entry: str, minutes: float, seed: int, log: Path) -> None:
-    """Train an entry, or go on with it, and log its points; those in the log are not measured again."""
+def run(dataset: str, entry: str, minutes: float, seed: int, log: Path, measure_only: bool = False) -> None:
+    """Train an entry, or go on with it, and log its points; those in the log are not measured again.
+
+    Args:
+        measure_only: log what points an unfinished training has, and leave it at that.
+    """
     trainer, batch, options = ENTRIES[dataset][entry]
     interpreter(trainer)
     data = export(dataset, RUNS / "frames" / dataset)
@@ -225,7 +229,7 @@ def run(dataset: str, entry: str, minutes: float, seed: int, log: Path) -> None:
         "references": dict.fromkeys(data["symbols"], 0.0), "slack": 1.0 if trainer == "nequip" else SLACK,
     }  # fmt: skip
     steps = probe(trainer, job, SETS[dataset]["probe"], data["n_val"] / data["n_train"], minutes)
-    if not (folder / f"at-{minutes:g}.json").exists():
+    if not (folder / f"at-{minutes:g}.json").exists() and not measure_only:
         (folder / "job.json").write_text(json.dumps({**job, "probe": None, "steps": steps}))
         start(trainer, f"train_{trainer}.py", str(folder / "job.json"))
     done = {(r["peer"], r["minutes"], r["seed"], r["mark"]) for r in rows(dataset, log)}
@@ -312,16 +316,16 @@ def table(dataset: str, log: Path) -> str:
     return "\n".join(lines)
 
 
-def curves(dataset: str, log: Path, key: str) -> dict[str, list[tuple[list[float], list[float]]]]:
-    """Return entry → a pair of lists (CPU minutes, errors; means over seeds) for every length of schedule."""
-    found: dict[str, list[tuple[list[float], list[float]]]] = {}
+def curves(dataset: str, log: Path, key: str) -> dict[str, list[tuple[list[float], list[float], bool]]]:
+    """Return entry → (CPU minutes, errors, whether it is over; means over seeds) for every length of schedule."""
+    found: dict[str, list[tuple[list[float], list[float], bool]]] = {}
     known = rows(dataset, log)
     for entry, minutes in sorted({(r["peer"], r["minutes"]) for r in known}):
         points = [r for r in known if (r["peer"], r["minutes"]) == (entry, minutes)]
         marks = sorted({r["mark"] for r in points})
         times = [float(np.mean([r["cpu_minutes"] for r in points if r["mark"] == m])) for m in marks]
         errors = [float(np.mean([r["errors"][key] for r in points if r["mark"] == m])) for m in marks]
-        found.setdefault(entry, []).append((times, errors))
+        found.setdefault(entry, []).append((times, errors, marks[-1] == minutes))
     return found
 
 
@@ -336,13 +340,14 @@ def main() -> None:
             command.add_argument("peer", help=f"one of {', '.join(ENTRIES['acac'])}")
             command.add_argument("--minutes", type=float, default=60.0, help="CPU minutes of the whole schedule")
             command.add_argument("--seed", type=int, default=0)
+            command.add_argument("--measure", action="store_true", help="train nothing; log the points that there are")
         if action == "plot":
             command.add_argument("--output", type=Path, default=ROOT / "docs" / "equal_time.png")
     args = parser.parse_args()
     if args.action == "run":
         if args.peer not in ENTRIES[args.set]:
             raise SystemExit(f"{args.peer}: known are {', '.join(ENTRIES[args.set])}")
-        run(args.set, args.peer, args.minutes, args.seed, args.log)
+        run(args.set, args.peer, args.minutes, args.seed, args.log, args.measure)
     elif args.action == "table":
         print(table(args.set, args.log))
     else:

@@ -132,14 +132,13 @@ class Faults:
         mine, processes = node_name(), distributed.processes()
         self._mark(self.ranks.rank).parent.mkdir(parents=True, exist_ok=True)
         self._mark(self.ranks.rank).touch()
-        # At once: survivors end too. Processes of another machine cannot be seen.
-        gone = [
-            r
-            for r, p in enumerate(processes)
-            if p.host == mine and not is_running(p.pid) and not path_of(self.run, self.start, r).exists()
-        ]
-        deadline = time.monotonic() + CAUSE_SECONDS
-        while not (cause := self._cause()) and time.monotonic() < deadline:
+        # Soon: a process that is killed closes its connections a moment before it is gone; survivors, which end too,
+        # wait for a cause as this one does.
+        gone = self._gone()
+        started = time.monotonic()
+        while not (cause := self._cause()) and time.monotonic() < started + CAUSE_SECONDS:
+            if not gone and time.monotonic() < started + CAUSE_SECONDS / 2:
+                gone = self._gone()
             time.sleep(0.1)
         if cause is None and gone:
             other = gone[0]
@@ -171,6 +170,15 @@ class Faults:
         )  # fmt: skip
         path, text = report.write(self.run)
         return f"report: {path}\n{text}"
+
+    def _gone(self) -> list[int]:
+        """Return the ranks of this machine that have ended without a report; those of another cannot be seen."""
+        mine = node_name()
+        return [
+            r
+            for r, p in enumerate(distributed.processes())
+            if p.host == mine and not is_running(p.pid) and not self._has_noticed(r)
+        ]
 
     def _mark(self, rank: int) -> Path:
         path = path_of(self.run, self.start, rank)

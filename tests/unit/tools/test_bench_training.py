@@ -94,11 +94,12 @@ def test_table_and_figure_of_a_log(tmp_path: Path) -> None:
 
     log = tmp_path / "log.jsonl"
     lines = [row("mace", 60, 60, 0, 5.0), row("mace", 60, 2, 0, 50.0), row("mace", 60, 2, 1, 30.0)]
-    log.write_text("\n".join([*lines, row("mace", 10, 10, 0, 9.0), row("mffm", 60, 60, 0, 4.0)]) + "\n")
+    log.write_text("\n".join([*lines, row("mace", 10, 10, 0, 9.0), row("mffm", 60, 40, 0, 4.0)]) + "\n")
     curves = bench_training.curves("acac", log, "acac-300K/forces_rmse")
-    assert curves == {"mace": [([10.0], [9.0]), ([2.0, 60.0], [40.0, 5.0])], "mffm": [([60.0], [4.0])]}
+    mace = [([10.0], [9.0], True), ([2.0, 60.0], [40.0, 5.0], True)]
+    assert curves == {"mace": mace, "mffm": [([40.0], [4.0], False)]}
     table = bench_training.table("acac", log).splitlines()
-    assert [line.split(" | ")[4] for line in table[2:]] == ["10.0 (end)", "2.0", "60.0 (end)", "2.0", "60.0 (end)"]
+    assert [line.split(" | ")[4] for line in table[2:]] == ["10.0 (end)", "2.0", "60.0 (end)", "2.0", "40.0"]
     assert table[2].count("|") == table[0].count("|") == table[1].count("|")
     assert " | 1000 | " in table[2]  # 10 minutes, 600 steps
     plots.errors_at_time(tmp_path / "figure.png", {"forces": curves, "energy": curves})
