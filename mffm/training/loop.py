@@ -102,12 +102,7 @@ def _run_as_rank(recipe: Recipe, run: Path, resume: bool, ranks: distributed.Ran
     if saved is not None:
         state = _restore(saved[0], saved[1], setup, engine, ema, ranks.world_size)
     validator = _validator(setup, table, ranks)
-    loader = Loader(
-        setup.store, setup.plan, setup.fidelities, recipe.model.backbone.cutoff, Cursor.from_dict(state.cursor),
-        rank=ranks.rank, world_size=ranks.world_size, last_step=recipe.train.steps,
-        threads=loader_threads(recipe.data.loader_threads, device), pinned=device.type == "cuda",
-        bare=recipe.data.neighbors == "device",
-    )  # fmt: skip
+    loader = _loader(setup, Cursor.from_dict(state.cursor), ranks, device)
     log = _open_log(run, setup, state, ranks)
     faults.step = lambda: state.step
     with log, loader, _interrupt_flag() as interrupted, faults:
@@ -167,6 +162,16 @@ def _newest(folder: Path, ranks: distributed.Ranks) -> tuple[Path, TrainState, l
     if name and not ranks.is_main:
         saved = folder / name, checkpoint.read_state(folder / name), []
     return saved
+
+
+def _loader(setup: Setup, cursor: Cursor, ranks: distributed.Ranks, device: torch.device) -> Loader:
+    recipe = setup.recipe
+    return Loader(
+        setup.store, setup.plan, setup.fidelities, recipe.model.backbone.cutoff, cursor,
+        rank=ranks.rank, world_size=ranks.world_size, last_step=recipe.train.steps,
+        threads=loader_threads(recipe.data.loader_threads, device), pinned=device.type == "cuda",
+        bare=recipe.data.neighbors == "device",
+    )  # fmt: skip
 
 
 def loader_threads(wanted: int | None, device: torch.device) -> int:
