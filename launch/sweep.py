@@ -10,7 +10,6 @@ import itertools
 import json
 import math
 import secrets
-import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -28,7 +27,7 @@ from mffm.config.cluster import ClusterConfig
 from mffm.config.recipe import Recipe
 from mffm.config.sweep import Parameter, SweepConfig
 from mffm.errors import InputError, known
-from mffm.executor import Executor, Job, LocalExecutor, State, locked, process_of
+from mffm.executor import Executor, Job, LocalExecutor, State, handling_stops, locked, process_of
 
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
@@ -345,12 +344,8 @@ class Sweep:
         def handler(number: int, frame: object) -> None:
             self._stop.set()
 
-        before = {s: signal.signal(s, handler) for s in (signal.SIGINT, signal.SIGTERM)}
-        try:
+        with handling_stops(handler):
             yield
-        finally:
-            for s, old in before.items():
-                signal.signal(s, old)
 
 
 def _rows(folder: Path) -> list[dict[str, float]]:

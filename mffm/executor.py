@@ -3,6 +3,7 @@
 import fcntl
 import os
 import resource
+import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -108,6 +109,17 @@ def _start(job: Job) -> "subprocess.Popen[bytes]":
             stdin=subprocess.DEVNULL,
             env={**os.environ, **job.environment},
         )
+
+
+@contextmanager
+def handling_stops(handler: Callable[[int, object], None]) -> Iterator[None]:
+    """Give SIGINT and SIGTERM to a handler, in the main thread."""
+    before = {s: signal.signal(s, handler) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for s, old in before.items():
+            signal.signal(s, old)
 
 
 @contextmanager

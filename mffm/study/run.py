@@ -16,7 +16,7 @@ import torch
 from mffm.config.base import dump, read_yaml
 from mffm.errors import InputError
 from mffm.evaluate import parity
-from mffm.executor import Executor, Job, LocalExecutor, State, locked, process_of
+from mffm.executor import Executor, Job, LocalExecutor, State, handling_stops, locked, process_of
 from mffm.release import load, read_json, refit_references, sha256, write_json, write_text
 from mffm.study.grid import Cell, Grid, Training
 
@@ -211,16 +211,12 @@ def _stopping() -> Iterator[None]:
     """Turn SIGINT and SIGTERM into `Stopped` in the main thread; further ones wait for the trainings to save."""
 
     def handler(number: int, frame: object) -> None:
-        for s in before:
+        for s in (signal.SIGINT, signal.SIGTERM):
             signal.signal(s, signal.SIG_IGN)
         raise Stopped
 
-    before = {s: signal.signal(s, handler) for s in (signal.SIGINT, signal.SIGTERM)}
-    try:
+    with handling_stops(handler):
         yield
-    finally:
-        for s, old in before.items():
-            signal.signal(s, old)
 
 
 def _flat(node: Any, prefix: str = "") -> dict[str, Any]:
