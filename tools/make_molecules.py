@@ -105,6 +105,9 @@ def main(
     frames: Annotated[int, typer.Option(min=1, help="per molecule and temperature")] = 10,
     seed: Annotated[int, typer.Option(help="data/molecules.extxyz was made with 7")] = 8,
     prefix: Annotated[str, typer.Option(help="of frame_id; g2 is taken by data/molecules.extxyz")] = "new",
+    split: Annotated[
+        str, typer.Option(help="info key split of every frame: where held-out molecules get low-fidelity labels alone")
+    ] = "",
 ) -> None:
     """Write thermal geometries of small closed-shell CHNO molecules (GFN2-xTB Langevin dynamics)."""
     found = small_molecules()
@@ -118,6 +121,8 @@ def main(
         raise InputError(f"--temperatures {temperatures!r}: expected numbers with commas between them") from error
     labelling.versions(["tblite.ase"])
     made, left_out = generate({name: found[name] for name in names}, kelvin, frames, seed, prefix)
+    for frame in made if split else []:
+        frame.info["split"] = split
     out.parent.mkdir(parents=True, exist_ok=True)
     write(out, made, format="extxyz")
     print(
