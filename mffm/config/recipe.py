@@ -62,8 +62,8 @@ class DataSection(Schema):
     )
     neighbors: Literal["cpu", "device"] = Field(
         "cpu",
-        description="where training batches get their neighbor lists; device: on the GPU that trains, the same lists, "
-        "not yet timed on one; a batch with systems too large to try all their pairs gets them on the CPU",
+        description="where training batches get their neighbor lists; device: on the GPU that trains, the same lists; "
+        "a batch with systems too large to try all their pairs gets them on the CPU",
     )
     validation_split: str = "val"
     validation_max_frames: int | None = Field(None, ge=1)
