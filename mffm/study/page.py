@@ -142,7 +142,7 @@ def _not_worse(summary: Summary) -> list[str]:
     lines = [
         f"## Is {ours} not worse than the others?", "", *(f"- {line}" for line in found["verdict"]), "",
         f"Error of {ours} ÷ error of the method in the row, on the same frames with the same seeds, geometric mean "
-        f"over the seeds; then the bound that the ratio stays below with {found['level']:.0%} confidence, by "
+        f"over the seeds; then the bound that the ratio stays below with {100 * found['level']:.0f} % confidence, by "
         f"{found['draws']} bootstrap draws of {resampled}. ✗: the bound is above {low}; ✗✗: above {high}. A bound "
         "above a limit is no proof of the opposite. Methods that need a low-fidelity calculation for a prediction are "
         "left out.",
