@@ -1,5 +1,8 @@
 """Schema of a study YAML: a grid of methods, numbers of high-fidelity labels and seeds over one base recipe."""
 
+import itertools
+import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -13,6 +16,8 @@ Name = Annotated[str, Field(min_length=1, pattern=r"^[A-Za-z0-9._-]+$")]
 Count = Annotated[int, Field(ge=1)] | Literal["all"]
 
 OWN = ("name", "run", "seed", "start_from", "data.fingerprint", "data.layers", "train.threads", "log.group")
+DATA_OF_TRIALS = re.compile(r"data\.plan\.(temperature|paired|edge_budget|pools\.\d+\.weight)")
+Tune = dict[str, Annotated[list[Any], Field(min_length=1)]]
 
 
 class StageConfig(Schema):
@@ -48,12 +53,14 @@ class MethodConfig(Schema):
         False, description="a prediction needs a low-fidelity calculation too; ranked apart"
     )
     n_high: list[Count] | None = Field(None, min_length=1, description="instead of the study's")
+    tune: Tune | None = Field(None, description="instead of the study's, with as many trials")
 
     @model_validator(mode="after")
     def _checks(self) -> "MethodConfig":
         _refuse_own(self.changes)
-        if self.refit is not None and (self.changes or self.start_from or self.fidelity):
-            raise ValueError("refit has no training of its own: leave out changes, start_from and fidelity")
+        _check_tune(self.tune or {})
+        if self.refit is not None and (self.changes or self.start_from or self.fidelity or self.tune):
+            raise ValueError("refit has no training of its own: leave out changes, start_from, fidelity and tune")
         if self.fidelity is not None and not self.needs_lf_at_inference:
             raise ValueError(
                 f"fidelity: {self.fidelity!r} is not the study's; say needs_lf_at_inference: true where a prediction "
@@ -66,6 +73,20 @@ def _refuse_own(changes: dict[str, Any]) -> None:
     for name in changes:
         if name in OWN:
             raise ValueError(f"changes: {name} is set by the study itself")
+
+
+def _check_tune(tune: Tune) -> None:
+    for name, values in tune.items():
+        if name in OWN:
+            raise ValueError(f"tune: {name} is set by the study itself")
+        if name in ("train", "train.best") or (name.split(".")[0] == "data" and not DATA_OF_TRIALS.fullmatch(name)):
+            raise ValueError(
+                f"tune: {name}: the trials of a cell have the same labels and the same validation; of data.plan "
+                "temperature, paired, edge_budget and pools.<i>.weight may be tuned"
+            )
+        twice = next((v for v in values if values.count(v) > 1), None)
+        if twice is not None:
+            raise ValueError(f"tune.{name}: {twice} is given twice")
 
 
 class StudyConfig(Schema):
@@ -87,10 +108,19 @@ class StudyConfig(Schema):
     stages: dict[Name, StageConfig] = Field(default_factory=dict)
     methods: dict[Name, MethodConfig] = Field(min_length=1)
     baselines: list[str] = Field(min_length=1, description="methods that the others are measured against")
+    candidate: str | None = Field(
+        None, description="method of which the report says whether it is not worse than each of the others"
+    )
+    tune: Tune = Field(
+        default_factory=dict,
+        description="dotted name of the recipe → values: every cell is trained with each combination, and the one with "
+        "the best validation is judged",
+    )
 
     @model_validator(mode="after")
     def _checks(self) -> "StudyConfig":
         _refuse_own(self.changes)
+        _check_tune(self.tune)
         lists: dict[str, list[Any]] = {"seeds": self.seeds, "n_high": self.n_high, "baselines": self.baselines}
         lists |= {f"methods.{name}.n_high": m.n_high or [] for name, m in self.methods.items()}
         for place, values in lists.items():
@@ -111,7 +141,53 @@ class StudyConfig(Schema):
                 raise ValueError(f"stages.{name}: no method starts from it or refits it")
         if self.ood == self.iid:
             raise ValueError(f"ood: {self.ood!r} is the iid split; name another, or null")
+        self._check_candidate()
+        self._check_trials()
         return self
+
+    def _check_candidate(self) -> None:
+        name = self.candidate
+        if name is None:
+            return
+        if name not in self.methods:
+            raise ValueError(f"candidate: no method {name!r}; methods: {_names(self.methods)}")
+        if self.methods[name].needs_lf_at_inference:
+            raise ValueError(
+                f"candidate: {name!r} needs a low-fidelity calculation at inference; it is compared with the methods "
+                "that do not: name one of these"
+            )
+        if not self.rivals:
+            raise ValueError(f"candidate: no other method than {name!r} does without a calculation at inference")
+
+    def _check_trials(self) -> None:
+        wanted = math.prod(len(values) for values in self.tune.values())
+        for name, method in self.methods.items():
+            tune = self._tune(name)
+            there = math.prod(len(values) for values in tune.values())
+            if method.refit is None and there != wanted:
+                raise ValueError(
+                    f"methods.{name}.tune: has {there} trials, the study's has {wanted}; every method has as many"
+                )
+            twice = next((n for n in tune if n in method.changes), None)
+            if twice is not None:
+                raise ValueError(f"methods.{name}.changes: {twice} is tuned: leave it out of the changes")
+
+    def _tune(self, method: str) -> Tune:
+        own = self.methods[method]
+        return {} if own.refit is not None else self.tune if own.tune is None else own.tune
+
+    def trials(self, method: str) -> list[dict[str, Any]]:
+        """Return dotted name → value of each trial of a method's cells; one without values where nothing is tuned."""
+        tune = self._tune(method)
+        names = sorted(tune)
+        return [
+            dict(zip(names, values, strict=True)) for values in itertools.product(*(tune[name] for name in names))
+        ]  # fmt: skip
+
+    @property
+    def rivals(self) -> list[str]:
+        """The methods that the candidate is compared with: those without a low-fidelity calculation at inference."""
+        return [n for n, m in self.methods.items() if n != self.candidate and not m.needs_lf_at_inference]
 
     @property
     def splits(self) -> dict[str, str]:

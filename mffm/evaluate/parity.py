@@ -16,17 +16,33 @@ from mffm.keys import ENERGY, FORCES, PROPERTIES, REPORT_UNITS, STRESS, Property
 from mffm.release import Loaded, systems_at, write_json
 
 
+@dataclass(frozen=True)
+class FrameErrors:
+    """Absolute errors of one fidelity and property, frame by frame; ``sums.sum() / counts.sum()`` is the MAE.
+
+    Attributes:
+        rows: [n_systems] int64, of the store, ascending.
+        sums: [n_systems] float64, sum of the absolute errors of a frame's label, in the report's units.
+        counts: [n_systems] int64, entries of a frame's label: 1 energy, 3 per atom forces, 9 stress.
+    """
+
+    rows: np.ndarray
+    sums: np.ndarray
+    counts: np.ndarray
+
+
 @dataclass
 class Evaluation:
     """Labels and predictions by (fidelity, property), and the table made from them.
 
-    Energies are per atom, the element references of the fidelity subtracted from both, in eV.
+    Energies are per atom, the element references of the fidelity subtracted from both, in eV. Frames come in the order
+    of the predictions: ``frames`` holds the rows of the store and the number of entries of each one's label.
     """
 
     split: str
     labels: dict[tuple[str, Property], np.ndarray] = field(default_factory=dict)
     predictions: dict[tuple[str, Property], np.ndarray] = field(default_factory=dict)
-    n_systems: dict[tuple[str, Property], int] = field(default_factory=dict)
+    frames: dict[tuple[str, Property], tuple[np.ndarray, np.ndarray]] = field(default_factory=dict)
     unreferenced: dict[str, int] = field(default_factory=dict)
     without_stress: int = 0  # stress labels that the potential has no prediction for
 
@@ -46,10 +62,21 @@ class Evaluation:
                     "rmse": float(np.sqrt(np.square(error).mean())) * factor,
                     "bias": float(error.mean()) * factor,
                     "r2": 1 - float(np.square(error).sum()) / spread if spread > 0 else None,
-                    "n_systems": self.n_systems[key],
+                    "n_systems": len(self.frames[key][0]),
                 }
             )
         return table
+
+    def frame_errors(self, fidelity: str) -> dict[Property, FrameErrors]:
+        """Return property → errors of every frame, for the properties that were compared."""
+        found = {}
+        for (name, prop), (rows, counts) in self.frames.items():
+            if name == fidelity:
+                errors = np.abs(self.predictions[name, prop] - self.labels[name, prop]) * REPORT_UNITS[prop][1]
+                sums = np.add.reduceat(errors, np.cumsum(counts) - counts)
+                order = np.argsort(rows)
+                found[prop] = FrameErrors(rows[order], sums[order], counts[order])
+        return found
 
     def panels(self) -> list[tuple[str, str, np.ndarray, np.ndarray]]:
         units = {ENERGY: "eV/atom", FORCES: "eV/Å", STRESS: "eV/Å³"}
@@ -92,7 +119,7 @@ def evaluate(
         rows = store.rows(split=split, fidelity=name)
         asked = predict_as or name
         parts: dict[Property, tuple[list[np.ndarray], list[np.ndarray]]] = {p: ([], []) for p in PROPERTIES}
-        systems = dict.fromkeys(PROPERTIES, 0)
+        frames: dict[Property, tuple[list[np.ndarray], list[np.ndarray]]] = {p: ([], []) for p in PROPERTIES}
         for batch in systems_at(loaded, store, rows, name, asked):
             batch = batch.to(device)
             if not loaded.potential.has_stress:
@@ -109,7 +136,10 @@ def evaluate(
                 mask = batch.masks[prop] & (known_elements if prop == ENERGY else True)
                 if not mask.any():
                     continue
-                systems[prop] += int(mask.sum())
+                n_atoms = batch.n_atoms[mask]
+                counts = {ENERGY: torch.ones_like(n_atoms), FORCES: 3 * n_atoms}.get(prop, torch.full_like(n_atoms, 9))
+                frames[prop][0].append(batch.rows[mask].cpu().numpy())
+                frames[prop][1].append(counts.cpu().numpy())
                 value = getattr(prediction, prop)
                 label = batch.labels[prop]
                 if prop == ENERGY:
@@ -124,7 +154,7 @@ def evaluate(
             if label_parts:
                 result.labels[name, prop] = np.concatenate(label_parts)
                 result.predictions[name, prop] = np.concatenate(value_parts)
-                result.n_systems[name, prop] = systems[prop]
+                result.frames[name, prop] = np.concatenate(frames[prop][0]), np.concatenate(frames[prop][1])
     if not result.labels:
         raise InputError(f"{store.path}: split {split!r} has no label of {known(names)}")
     return result

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +26,13 @@ class Training:
     Attributes:
         name: place in the study's folders, ``methods/<method>/n<labels>-s<seed>`` or ``stages/<stage>/s<seed>``.
         after: name of the training whose run this one starts from.
+        tuned: dotted name → value that this trial of its cell has; empty where nothing is tuned.
     """
 
     name: str
     recipe: Recipe
     after: str | None = None
+    tuned: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,7 @@ class Cell:
         fidelity: whose labels it is judged on.
         asked: fidelity that the potential is asked for; another one than ``fidelity`` where references are refitted.
         high_rows: [n_high] rows of the store with the cell's high-fidelity labels, ascending.
+        trials: names of the trainings of which the one with the best validation is judged.
     """
 
     method: str
@@ -52,6 +55,7 @@ class Cell:
     fidelity: str
     asked: str
     high_rows: np.ndarray
+    trials: tuple[str, ...]
 
     @property
     def name(self) -> str:
@@ -86,6 +90,11 @@ class Grid:
         stage = self.stage_of(cell)
         return self.trainings[cell.training].recipe.train.steps + (stage.recipe.train.steps if stage else 0)
 
+    def steps_of(self, method: str) -> list[int]:
+        """Return the different optimiser steps of a method's cells and trials, ascending."""
+        cells = [cell for cell in self.cells if cell.method == method]
+        return sorted({self.steps(replace(cell, training=trial)) for cell in cells for trial in cell.trials})
+
 
 def expand(config: StudyConfig, path: Path, folder: Path) -> Grid:
     """Return the grid of a study YAML.
@@ -116,8 +125,8 @@ def expand(config: StudyConfig, path: Path, folder: Path) -> Grid:
     for method in config.methods:
         for n_high in maker.counts(method):
             for seed in config.seeds:
-                training, cell = maker.cell(method, n_high, seed, trainings)
-                trainings[training.name] = training
+                trials, cell = maker.cell(method, n_high, seed, trainings)
+                trainings |= {training.name: training for training in trials}
                 cells.append(cell)
     return Grid(config, store, trainings, cells)
 
@@ -199,8 +208,10 @@ class _Maker:
             resolved.add(len(rows))
         return sorted(resolved)
 
-    def cell(self, method: str, n_high: int, seed: int, trainings: Mapping[str, Training]) -> tuple[Training, Cell]:
-        """Return the training that a cell is judged by, its own or a stage's, and the cell."""
+    def cell(
+        self, method: str, n_high: int, seed: int, trainings: Mapping[str, Training]
+    ) -> tuple[list[Training], Cell]:
+        """Return the trainings of which one judges a cell, its own trials or a stage's training, and the cell."""
         spec = self.config.methods[method]
         fidelity = spec.fidelity or self.config.high
         rows = self._high_rows(method, fidelity, n_high, seed)
@@ -217,19 +228,31 @@ class _Maker:
                     f"{self.path}: methods.{method}.refit: {unlabelled} of the {n_high} frames have no {fidelity} "
                     "energy to refit references to"
                 )
-            return training, Cell(method, n_high, seed, training.name, fidelity, training.recipe.fidelities[0], rows)
+            asked = training.recipe.fidelities[0]
+            return [training], Cell(method, n_high, seed, training.name, fidelity, asked, rows, (training.name,))
         place = f"methods/{method}/n{n_high}-s{seed}"
         stage = f"stages/{spec.start_from}/s{seed}" if spec.start_from else None
-        recipe = self._recipe_at(method, fidelity, n_high, seed, place, stage)
-        return Training(place, recipe, stage), Cell(method, n_high, seed, place, fidelity, fidelity, rows)
+        trials = []
+        for k, tuned in enumerate(self.config.trials(method)):
+            name = f"{place}-t{k}" if tuned else place
+            recipe = self._recipe_at(method, fidelity, n_high, seed, name, stage, tuned)
+            best = recipe.train.best
+            if best.endswith("loss") and any(key.split(".")[0] == "loss" for key in tuned):
+                raise InputError(
+                    f"{self.path}: methods.{method}: the trials have losses of their own, so {best} (train.best) "
+                    f"cannot choose between them; take an error, e.g. train.best: val/{fidelity}/forces_mae"
+                )
+            trials.append(Training(name, recipe, stage, tuned))
+        names = tuple(training.name for training in trials)
+        return trials, Cell(method, n_high, seed, names[0], fidelity, fidelity, rows, names)
 
     def _recipe_at(
-        self, method: str, fidelity: str, n_high: int | None, seed: int, place: str, stage: str | None
-    ) -> Recipe:
-        changes = self.config.methods[method].changes
-        own: dict[str, Any] = {
-            "name": f"{self.config.name}-{method}-n{n_high or 'all'}-s{seed}", "run": self.run(place), "seed": seed
-        }  # fmt: skip
+        self, method: str, fidelity: str, n_high: int | None, seed: int, place: str, stage: str | None,
+        tuned: Mapping[str, Any],
+    ) -> Recipe:  # fmt: skip
+        changes = {**self.config.methods[method].changes, **tuned}
+        name = f"{self.config.name}-{method}-{place.rpartition('/')[2]}"
+        own: dict[str, Any] = {"name": name, "run": self.run(place), "seed": seed}
         if stage is not None:
             own["start_from"] = self.run(stage)
         elif changes.get("model.init_from"):
@@ -258,7 +281,8 @@ class _Maker:
             recipe = self.recipe_of(f"methods.{method}", {}, {"seed": seed})
         else:
             stage = f"stages/{spec.start_from}/s{seed}" if spec.start_from else None
-            recipe = self._recipe_at(method, fidelity, n_high, seed, "rows", stage)
+            tuned = self.config.trials(method)[0]
+            recipe = self._recipe_at(method, fidelity, n_high, seed, "rows", stage, tuned)
         pools = [p for p in recipe.data.plan.pools if p.fidelity == fidelity]
         if not pools:
             raise InputError(f"{self.path}: methods.{method}.refit: the base recipe has no pool of {fidelity!r}")

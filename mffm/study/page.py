@@ -20,6 +20,7 @@ def markdown(summary: Summary) -> str:
         ["## Learning curves", "", "![learning curves](learning_curves.png)", "", _curves_note(summary)],
         *(_errors(summary, panel) for panel in summary["curves"]),
         _factors(summary),
+        _not_worse(summary),
         _cost(summary),
         _fairness(summary),
         _gates(summary),
@@ -132,6 +133,51 @@ def _text(k: Mapping[str, Any]) -> str:
     return Bounded(k["k"], k["bound"]).text()
 
 
+def _not_worse(summary: Summary) -> list[str]:
+    found = summary["not_worse"]
+    if found is None:
+        return []
+    ours, (low, high) = summary["methods"][found["candidate"]]["title"], found["limits"]
+    resampled = "test frames alone, as there is one seed" if len(summary["seeds"]) == 1 else "seeds and test frames"
+    lines = [
+        f"## Is {ours} not worse than the others?", "", *(f"- {line}" for line in found["verdict"]), "",
+        f"Error of {ours} ÷ error of the method in the row, on the same frames with the same seeds, geometric mean "
+        f"over the seeds; then the bound that the ratio stays below with {100 * found['level']:.0f} % confidence, by "
+        f"{found['draws']} bootstrap draws of {resampled}. ✗: the bound is above {low}; ✗✗: above {high}. A bound "
+        "above a limit is no proof of the opposite. Methods that need a low-fidelity calculation for a prediction are "
+        "left out.",
+    ]  # fmt: skip
+    if found["missing"]:
+        lines += ["", f"**Not compared, or not with all seeds:** {', '.join(found['missing'])}."]
+    if found["without_common_number"]:
+        names = ", ".join(summary["methods"][name]["title"] for name in found["without_common_number"])
+        lines += ["", f"No number of labels in common: {names}."]
+    for panel, methods in found["panels"].items():
+        kind, prop = panel.split("/")
+        points = [point for of_method in methods.values() for point in of_method]
+        if not points:
+            continue
+        sizes = dict.fromkeys(
+            f"{p['frames']} frames" + (f" of {p['units']} groups, resampled as wholes" if p["unit"] == "groups" else "")
+            for p in points
+        )  # fmt: skip
+        labels = sorted({point["n_high"] for point in points})
+        rows = []
+        for name, of_method in methods.items():
+            at = {point["n_high"]: point for point in of_method}
+            rows.append([_title(summary, name), *(_bound(at.get(n), low, high) for n in labels)])
+        lines += ["", f"### {ours} against the others, {KINDS[kind]} {prop}: {' or '.join(sizes)}", ""]
+        lines += table([f"`{summary['high']}` frames", *(str(n) for n in labels)], rows)
+    return lines
+
+
+def _bound(point: Mapping[str, Any] | None, low: float, high: float) -> str:
+    if point is None:
+        return ""
+    mark = " ✗✗" if point["upper"] > high else " ✗" if point["upper"] > low else ""
+    return f"{point['ratio']:.3f} (< {point['upper']:.3f}){mark}"
+
+
 def _cost(summary: Summary) -> list[str]:
     def minutes(value: float | None) -> str:
         return "not measured" if value is None else f"{value:.2g}"
@@ -141,11 +187,13 @@ def _cost(summary: Summary) -> list[str]:
         own, stage = summary["cpu_minutes"][name]["own"], summary["cpu_minutes"][name]["stage"]
         steps = " or ".join(str(s) for s in summary["methods"][name]["steps"])
         rows.append([_title(summary, name), steps, minutes(own), minutes(stage)])
+    tuning = summary["tuning"]
+    trials = f" Own trainings are those of the chosen trial; {tuning['trials']} were made for each." if tuning else ""
     head = ["method", "optimiser steps, stage and own", "CPU minutes of a cell's training", "CPU minutes of its stage"]
     return [
         "## CPU time", "",
         "Means over the cells; start-up, validation and every attempt included. A stage is trained once per seed, for "
-        "all cells.", "",
+        "all cells." + trials, "",
         *table(head, rows),
     ]  # fmt: skip
 
@@ -187,9 +235,26 @@ def _fairness(summary: Summary) -> list[str]:
         f"- Validation: the best weights are chosen on split `{fair['validation_split']}`, which has {counts} labels "
         f"of `{summary['high']}` beside those counted above, the same for every method that uses them."
     )
-    lines.append(
-        "- Tuning: none is part of the study. Every method has the base recipe's values but for the changes below."
-    )
+    return lines + _tuning(summary)
+
+
+def _tuning(summary: Summary) -> list[str]:
+    tuning = summary["tuning"]
+    if tuning is None:
+        return [
+            "- Tuning: none is part of the study. Every method has the base recipe's values but for the changes below."
+        ]
+    lines = [
+        f"- Tuning: {tuning['trials']} trials for each cell with a training of its own; the one with the best "
+        "validation value of its `train.best` is judged. Stages are not tuned. Cells in which a trial was chosen:"
+    ]
+    for name, trials in tuning["methods"].items():
+        shown = "; ".join(
+            ", ".join(f"`{key}: {json.dumps(value)}`" for key, value in trial["values"].items())
+            + f" in {trial['cells']}"
+            for trial in trials
+        )  # fmt: skip
+        lines.append(f"  - {summary['methods'][name]['title']}: {shown}.")
     return lines
 
 

@@ -11,6 +11,7 @@ from mffm.keys import REPORT_UNITS
 from mffm.release import code_version, write_json, write_text
 from mffm.study import curves
 from mffm.study.advice import advice
+from mffm.study.compare import not_worse
 from mffm.study.gate import Gate
 from mffm.study.grid import Grid
 from mffm.study.page import KINDS, markdown
@@ -46,12 +47,14 @@ def summarise(grid: Grid, judged: Sequence[Judged], gates: Sequence[Gate], faile
         "seeds": config.seeds,
         "methods": {name: _method(grid, name) for name in config.methods},
         "baselines": config.baselines,
-        "cells": [_cell(one) for one in judged],
+        "cells": [_cell(grid, one) for one in judged],
         "missing": [cell.name for cell in grid.cells if cell.name not in done],
         "failed": dict(failed),
         "curves": {"/".join(panel): _curves(methods) for panel, methods in errors.items()},
         "factors": {"/".join(panel): _factors(grid, methods) for panel, methods in errors.items()},
+        "not_worse": not_worse(grid, judged),
         "cpu_minutes": _cpu(grid, judged),
+        "tuning": _tuning(grid, judged),
         "fairness": fairness(grid, judged),
         "gates": [
             {"low": g.low, "frames": g.n_frames, "r2": g.r2, "force_cosine": g.force_cosine} for g in gates
@@ -62,7 +65,6 @@ def summarise(grid: Grid, judged: Sequence[Judged], gates: Sequence[Gate], faile
 
 def _method(grid: Grid, name: str) -> dict[str, Any]:
     spec = grid.config.methods[name]
-    steps = sorted({grid.steps(cell) for cell in grid.cells if cell.method == name})
     stage = spec.start_from or spec.refit
     return {
         "title": grid.config.title(name),
@@ -71,14 +73,31 @@ def _method(grid: Grid, name: str) -> dict[str, Any]:
         "refit": spec.refit,
         "stage_changes": grid.config.stages[stage].changes if stage else {},
         "needs_lf_at_inference": spec.needs_lf_at_inference,
-        "steps": steps,
+        "steps": grid.steps_of(name),
     }
 
 
-def _cell(one: Judged) -> dict[str, Any]:
+def _tuning(grid: Grid, judged: Sequence[Judged]) -> dict[str, Any] | None:
+    """Return the number of trials of a cell, and each tuned method's trials with the number of cells of each choice."""
+    trials = {name: grid.config.trials(name) for name in grid.config.methods}
+    tuned = {name: values for name, values in trials.items() if values[0]}
+    if not tuned:
+        return None
+    chosen = {n: [grid.trainings[one.cell.training].tuned for one in judged if one.cell.method == n] for n in tuned}
+    return {
+        "trials": max(len(values) for values in tuned.values()),
+        "methods": {
+            name: [{"values": trial, "cells": chosen[name].count(trial)} for trial in values]
+            for name, values in tuned.items()
+        },
+    }
+
+
+def _cell(grid: Grid, one: Judged) -> dict[str, Any]:
     cell = one.cell
     return {
         "method": cell.method, "n_high": cell.n_high, "seed": cell.seed, "training": cell.training,
+        "tuned": dict(grid.trainings[cell.training].tuned),
         "high_frames": cell.draw, "plan": one.plan, "last_step": one.last_step, "cpu_seconds": one.cpu_seconds,
         "stage_cpu_seconds": one.stage_cpu_seconds, "errors": one.rows,
     }  # fmt: skip
@@ -154,7 +173,7 @@ def fairness(grid: Grid, judged: Sequence[Judged]) -> dict[str, Any]:
         for kind, rows in one.rows.items():
             for row in rows:
                 sizes.setdefault(kind, {}).setdefault(row["property"], set()).add(row["n_systems"])
-    steps = {name: sorted({grid.steps(c) for c in grid.cells if c.method == name}) for name in grid.config.methods}
+    steps = {name: grid.steps_of(name) for name in grid.config.methods}
     stopped = [
         one.cell.name for one in judged
         if not one.cell.is_refit and one.last_step < grid.trainings[one.cell.training].recipe.train.steps

@@ -1,16 +1,19 @@
 """Run a study: train what is not trained yet, judge what is not judged yet. The same command goes on after a kill."""
 
 import json
+import math
 import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
+import numpy as np
 import torch
 
 from mffm.config.base import dump, read_yaml
@@ -27,7 +30,7 @@ class Stopped(BaseException):
 
 @dataclass(frozen=True)
 class Judged:
-    """A cell with its errors.
+    """A cell with its errors; of several trials, ``cell.training`` is the one that was chosen.
 
     Attributes:
         errors: (kind of split, property) → MAE in the report's units.
@@ -36,6 +39,7 @@ class Judged:
         stage_cpu_seconds: of the stage that it uses.
         last_step: of the cell's training, which may have stopped early.
         plan: fingerprint of what the training drew.
+        frames: (kind of split, property) → errors of every frame.
     """
 
     cell: Cell
@@ -45,13 +49,14 @@ class Judged:
     stage_cpu_seconds: float | None
     last_step: int
     plan: str
+    frames: dict[tuple[str, str], parity.FrameErrors]
 
 
 class StudyRun:
     """A study in its folder.
 
     ``recipes/`` holds the recipes, ``runs/`` the runs, ``logs/`` their output, ``records/`` a JSON of each finished
-    training, ``cpu/`` the CPU time of each, ``errors/`` a JSON of each judged cell.
+    training, ``cpu/`` the CPU time of each, ``errors/`` a JSON of each judged cell and an NPZ of its frames.
     """
 
     def __init__(self, grid: Grid, folder: Path, executor: Executor, say: Callable[[str], None] = print):
@@ -87,9 +92,17 @@ class StudyRun:
         return {name: _last_line(self._log(name)) for name, state in states.items() if state == "failed"}
 
     def judge(self) -> list[Judged]:
-        """Return the errors of every cell whose training is finished; those judged before are read."""
+        """Return the errors of every cell whose trainings are finished; those judged before are read."""
         torch.set_num_threads(1)
-        return [self._judge(cell) for cell in self.grid.cells if self._record(cell.training).is_file()]
+        finished = [cell for cell in self.grid.cells if all(self._record(t).is_file() for t in cell.trials)]
+        return [self._judge(self._chosen(cell)) for cell in finished]
+
+    def _chosen(self, cell: Cell) -> Cell:
+        """Return a cell with its best trial by validation as its training; the first of equals."""
+        if len(cell.trials) == 1:
+            return cell
+        best = {t: read_json(self._record(t))["best"] for t in cell.trials}
+        return replace(cell, training=min(cell.trials, key=lambda t: math.inf if best[t] is None else best[t]))
 
     def _write_recipes(self) -> None:
         for training in self.grid.trainings.values():
@@ -128,8 +141,10 @@ class StudyRun:
 
     def _finish(self, name: str) -> None:
         self._keep_cpu_time()
-        rows = (self._run(name) / "metrics.jsonl").read_text().splitlines()
-        write_json(self._record(name), {"last_step": json.loads(rows[-1])["step"], "finished": time.time()})
+        rows = [json.loads(line) for line in (self._run(name) / "metrics.jsonl").read_text().splitlines()]
+        metric = self.grid.trainings[name].recipe.train.best
+        best = min((row[metric] for row in rows if math.isfinite(row.get(metric, math.nan))), default=None)
+        write_json(self._record(name), {"last_step": rows[-1]["step"], "best": best, "finished": time.time()})
 
     def _keep_cpu_time(self) -> None:
         """Add the CPU time of processes that have ended to what earlier sittings used."""
@@ -162,7 +177,8 @@ class StudyRun:
             "asked": cell.asked, "draw": cell.draw,
         }  # fmt: skip
         content = read_json(path) if path.is_file() else {}
-        if content.get("key") != key:
+        frames = path.with_suffix(".npz")
+        if content.get("key") != key or not frames.is_file():
             loaded = load(self._run(cell.training))
             own: dict[str, Any] = {}
             if cell.is_refit:
@@ -176,6 +192,9 @@ class StudyRun:
                 "key": key, "splits": {kind: evaluation.rows() for kind, evaluation in found.items()},
                 "plan": loaded.spec.provenance.get("plan_fingerprint", ""),
             }  # fmt: skip
+            by_kind = {kind: evaluation.frame_errors(cell.fidelity) for kind, evaluation in found.items()}
+            path.unlink(missing_ok=True)  # so that a kill leaves no JSON with the frames of other weights
+            _write_frames(frames, {(k, p): errors for k, props in by_kind.items() for p, errors in props.items()})
             write_json(path, content)
         rows = content["splits"]
         errors = {(kind, row["property"]): row["mae"] for kind in rows for row in rows[kind]}
@@ -185,7 +204,7 @@ class StudyRun:
         if cell.is_refit:
             own_cpu, stage_cpu = 0.0, own_cpu
         last_step = read_json(self._record(cell.training))["last_step"]
-        return Judged(cell, errors, rows, own_cpu, stage_cpu, last_step, content["plan"])
+        return Judged(cell, errors, rows, own_cpu, stage_cpu, last_step, content["plan"], _read_frames(frames, errors))
 
     def _has_checkpoint(self, training: str) -> bool:
         return (self._run(training) / "checkpoints" / "latest").exists()
@@ -204,6 +223,34 @@ class StudyRun:
 
     def _record(self, training: str) -> Path:
         return self.folder / "records" / f"{training}.json"
+
+
+FIELDS = [field.name for field in fields(parity.FrameErrors)]
+
+
+def _write_frames(path: Path, frames: Mapping[tuple[str, str], parity.FrameErrors]) -> None:
+    """Write the errors of a cell's frames aside, and rename."""
+    aside = path.with_name(path.name + ".partial")
+    arrays = {f"{kind}.{prop}.{name}": getattr(f, name) for (kind, prop), f in frames.items() for name in FIELDS}
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with aside.open("wb") as file:
+            np.savez_compressed(file, **arrays)
+        os.replace(aside, path)
+    except OSError as error:
+        aside.unlink(missing_ok=True)
+        raise InputError(f"{path}: cannot be written ({error}); free some space") from error
+
+
+def _read_frames(path: Path, panels: Iterable[tuple[str, str]]) -> dict[tuple[str, str], parity.FrameErrors]:
+    try:
+        with np.load(path) as arrays:
+            return {
+                (kind, prop): parity.FrameErrors(*(arrays[f"{kind}.{prop}.{name}"] for name in FIELDS))
+                for kind, prop in panels
+            }
+    except (OSError, ValueError, KeyError, BadZipFile) as error:
+        raise InputError(f"{path}: damaged ({error}); remove it, and its cell is judged again") from error
 
 
 @contextmanager

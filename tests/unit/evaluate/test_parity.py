@@ -30,6 +30,13 @@ def test_errors_equal_the_calculator_by_hand(tiny_run: Path, molecule_store: Pat
     assert table["forces"]["mae"] == pytest.approx(1e3 * np.concatenate(force_errors).mean(), rel=1e-4)
     assert table["energy"]["unit"] == "meV/atom"
     assert table["energy"]["n_systems"] == len(energy_errors)
+    frames, rows = result.frame_errors("pbe"), store.rows(split="test", fidelity="pbe")
+    for prop, errors in (("energy", energy_errors), ("forces", [e.sum() for e in force_errors])):
+        assert np.array_equal(frames[prop].rows, rows)
+        assert frames[prop].sums == pytest.approx(1e3 * np.array(errors), rel=1e-3, abs=1e-3)
+        assert frames[prop].sums.sum() / frames[prop].counts.sum() == pytest.approx(table[prop]["mae"])
+    assert np.array_equal(frames["forces"].counts, 3 * store.n_atoms[rows])
+    assert set(frames["energy"].counts) == {1}
 
 
 def test_refitted_references_mend_a_composition_shift(tiny_run: Path, molecule_store: Path):

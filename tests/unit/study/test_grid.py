@@ -83,6 +83,34 @@ def test_methods_keep_the_order_of_the_file(make_study: Callable[..., Path]):
     assert list(load_study(make_study(), ["methods.late.title=x"]).methods)[:2] == ["hf_only", "delta"]
 
 
+TUNED = {"tune": {"optim.lr": [0.001, 0.004], "model.heads.hidden": [[8], [4]]}}
+
+
+def test_every_cell_with_a_training_has_the_same_number_of_trials(make_study: Callable[..., Path]):
+    methods = content()["methods"]
+    methods["delta"]["tune"] = {"optim.lr": [0.001, 0.002, 0.003, 0.005]}
+    grid = grid_of(make_study(methods=methods, **TUNED))
+    assert len(grid.trainings) == 2 + 3 * 2 * 2 * 4, "stages are not tuned"
+    cells = {c.name: c for c in grid.cells}
+    cell = cells["hf_only/n8-s1"]
+    assert cell.trials == tuple(f"methods/hf_only/n8-s1-t{k}" for k in range(4))
+    recipes = [grid.trainings[name].recipe for name in cell.trials]
+    assert [(r.model.heads.hidden, r.optim.lr) for r in recipes] == [
+        ([8], 0.001), ([8], 0.004), ([4], 0.001), ([4], 0.004)
+    ]  # fmt: skip
+    assert recipes[3].name == "tiny-hf_only-n8-s1-t3"
+    assert [grid.trainings[n].recipe.optim.lr for n in cells["delta/n8-s0"].trials] == [0.001, 0.002, 0.003, 0.005]
+    assert cells["low_only/n8-s0"].trials == ("stages/low/s0",)
+    assert grid.trainings["methods/fine_tune/n8-s0-t1"].after == "stages/low/s0"
+
+
+def test_steps_of_all_trials_are_told(make_study: Callable[..., Path]):
+    grid = grid_of(make_study(tune={"train.steps": [4, 6]}, methods={"delta": METHODS["delta"]}, stages={}, baselines=[
+        "delta"
+    ]))  # fmt: skip
+    assert grid.steps_of("delta") == [4, 6]
+
+
 def without(name: str) -> dict[str, Any]:
     return {k: v for k, v in content()["methods"].items() if k != name}
 
@@ -123,6 +151,35 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "another fidelity unmarked": (
         {"methods": {**METHODS, "x": {"fidelity": "ccsdt"}}}, "needs_lf_at_inference: true"
+    ),
+    "unknown candidate": ({"candidate": "best"}, "candidate: no method 'best'; methods: hf_only, delta"),
+    "candidate with a calculation": (
+        {"candidate": "x", "methods": {**METHODS, "x": {"needs_lf_at_inference": True}}},
+        "candidate: 'x' needs a low-fidelity calculation at inference",
+    ),
+    "candidate alone": (
+        {"candidate": "hf_only", "methods": {"hf_only": METHODS["hf_only"]}, "stages": {}, "baselines": ["hf_only"]},
+        "candidate: no other method than 'hf_only'",
+    ),
+    "unequal trials": (
+        {"tune": {"optim.lr": [0.1, 0.2]}, "methods": {**METHODS, "x": {"tune": {"optim.lr": [0.1]}}}},
+        "methods.x.tune: has 1 trials, the study's has 2",
+    ),
+    "tuned and changed": (
+        {"tune": {"optim.lr": [0.1, 0.2]}, "methods": {**METHODS, "x": {"changes": {"optim.lr": 0.3}}}},
+        "methods.x.changes: optim.lr is tuned",
+    ),
+    "tuned labels": ({"tune": {"data.plan.pools.0.properties": [["energy"]]}}, "trials .* have the same labels"),
+    "tuned metric": ({"tune": {"train.best": ["val/loss"]}}, "train.best: the trials .* the same validation"),
+    "tuned seed": ({"tune": {"seed": [0, 1]}}, "tune: seed is set by the study itself"),
+    "tuned value twice": ({"tune": {"optim.lr": [0.1, 0.1]}}, "tune.optim.lr: 0.1 is given twice"),
+    "no value": ({"tune": {"optim.lr": []}}, "tune.optim.lr: "),
+    "unknown tuned key": ({"tune": {"optim.rate": [0.1]}}, "methods.hf_only: .*\n.*optim.rate: unknown key"),
+    "trials chosen by losses of their own": (
+        {"tune": {"loss.energy.weight": [1.0, 2.0]}}, r"val/loss \(train.best\) cannot choose between them"
+    ),
+    "refit with trials": (
+        {"methods": {**METHODS, "x": {"refit": "low", "tune": {"optim.lr": [1.0]}}}}, "start_from, fidelity and tune"
     ),
     "no base recipe": ({"recipe": "none.yaml"}, "none.yaml: no such file"),
 }  # fmt: skip

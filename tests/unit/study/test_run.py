@@ -33,7 +33,7 @@ def study_run(path: Path, executor: Executor, *overrides: str) -> StudyRun:
 
 
 def test_goes_on_after_an_interruption_and_reports(make_study: Callable[..., Path]):
-    path = make_study(**SMALL)
+    path = make_study(**SMALL, candidate="delta")
     first = OneProcess(die_after=3)
     with pytest.raises(KeyboardInterrupt):
         study_run(path, first).train()
@@ -60,9 +60,15 @@ def test_goes_on_after_an_interruption_and_reports(make_study: Callable[..., Pat
     check_page((again.folder / "report.md").read_text())
     assert (again.folder / "learning_curves.png").stat().st_size > 10_000
 
-    stamp = (again.folder / "errors" / "delta" / "n8-s0.json").stat().st_mtime_ns
+    there, other = (again.folder / "errors" / "delta" / f"n{n}-s0.json" for n in (8, 16))
+    stamps = there.stat().st_mtime_ns, other.stat().st_mtime_ns
+    other.with_suffix(".npz").unlink()
     assert [one.errors for one in again.judge()] == [one.errors for one in judged]
-    assert (again.folder / "errors" / "delta" / "n8-s0.json").stat().st_mtime_ns == stamp, "judged twice"
+    assert there.stat().st_mtime_ns == stamps[0], "judged twice"
+    assert other.stat().st_mtime_ns != stamps[1]
+    other.with_suffix(".npz").write_bytes(b"no zip")
+    with pytest.raises(InputError, match=r"n16-s0.npz: damaged .* remove it"):
+        again.judge()
 
 
 def check_summary(summary: dict[str, Any]) -> None:
@@ -81,6 +87,13 @@ def check_summary(summary: dict[str, Any]) -> None:
     assert set(summary["factors"]["iid/forces"]) == {"hf_only", "fine_tune"}
     assert set(summary["factors"]["iid/forces"]["hf_only"]) == {"delta", "fine_tune", "low_only"}
     assert summary["advice"]
+    found = summary["not_worse"]
+    assert set(found["panels"]["iid/energy"]) == {"hf_only", "fine_tune", "low_only"}
+    (point, _) = found["panels"]["iid/forces"]["hf_only"]
+    maes = {c["method"]: c["errors"]["iid"][1]["mae"] for c in summary["cells"] if c["n_high"] == 8}
+    assert point["ratio"] == pytest.approx(maes["delta"] / maes["hf_only"])
+    assert point["upper"] > point["ratio"]
+    assert summary["tuning"] is None
 
 
 def check_page(page: str) -> None:
@@ -88,7 +101,8 @@ def check_page(page: str) -> None:
         "## Advice", "![learning curves](learning_curves.png)", "### IID energy, MAE in meV/atom",
         "### k against PBE alone, IID forces", "## CPU time", "not measured", "Optimiser steps are not equal",
         "Test set: the same labels for every cell", "all methods have the same ones", "`gfn2`", "references refitted",
-        "One seed",
+        "One seed", "## Is delta head not worse than the others?", "bootstrap draws of test frames alone",
+        "### delta head against the others, IID forces: ", "Tuning: none",
     ):  # fmt: skip
         assert text in page, text
 
@@ -127,6 +141,31 @@ def test_a_failed_training_leaves_a_gap_that_the_report_names(make_study: Callab
     executor = OneProcess()
     assert study_run(path, executor).train() == {}
     assert [n for n, _, _ in executor.commands] == ["methods/delta/n8-s0"]
+
+
+def test_the_trial_with_the_best_validation_is_judged(make_study: Callable[..., Path]):
+    methods = {"hf_only": content()["methods"]["hf_only"]}
+    tune = {"optim.lr": [1e-9, 0.01]}
+    path = make_study(n_high=[8], seeds=[0], methods=methods, stages={}, baselines=["hf_only"], tune=tune)
+    names = [f"methods/hf_only/n8-s0-t{k}" for k in range(2)]
+    run = study_run(path, OneProcess(fail=names[1]))
+    assert run.train() == {names[1]: "error: no luck"}
+    assert run.judge() == []
+    assert report.summarise(run.grid, [], [], {})["missing"] == ["hf_only/n8-s0"]
+    executor = OneProcess()
+    run = study_run(path, executor)
+    assert run.train() == {}
+    assert [n for n, _, _ in executor.commands] == names[1:]
+    best = [json.loads((run.folder / "records" / f"{name}.json").read_text())["best"] for name in names]
+    assert best[1] < best[0]
+    (one,) = run.judge()
+    assert one.cell.training == names[1]
+    summary = report.summarise(run.grid, [one], [], {})
+    assert summary["cells"][0]["tuned"] == {"optim.lr": 0.01}
+    page = markdown(summary)
+    assert "Tuning: 2 trials for each cell" in page
+    assert "  - PBE alone: `optim.lr: 1e-09` in 0; `optim.lr: 0.01` in 1." in page
+    assert "Own trainings are those of the chosen trial; 2 were made for each." in page
 
 
 def test_another_recipe_in_the_same_folder_is_refused(make_study: Callable[..., Path]):
