@@ -104,6 +104,13 @@ class StudyConfig(Schema):
     )
     iid: str = Field("test", min_length=1, description="split of the store like the training frames")
     ood: str | None = Field("ood", description="split of held-out groups; null where the store has none")
+    validation_share: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="frames of the validation split that a cell with n_high frames chooses its weights by, as a share of "
+        "n_high, 4 at least: all labels that a cell needs are then proportional to n_high; None: the recipe's",
+    )
     properties: list[Property] = Field(default=["energy", "forces"], min_length=1, description="judged")
     stages: dict[Name, StageConfig] = Field(default_factory=dict)
     methods: dict[Name, MethodConfig] = Field(min_length=1)

@@ -1,6 +1,7 @@
 """The grid of a study: every cell's recipe, and the trainings that cells share."""
 
 import hashlib
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -17,6 +18,9 @@ from mffm.data.store import Store
 from mffm.errors import InputError
 from mffm.fidelity import FidelityTable
 from mffm.keys import ENERGY
+
+
+LEAST_VALIDATION_FRAMES = 4
 
 
 @dataclass(frozen=True)
@@ -266,6 +270,9 @@ class _Maker:
         ]  # fmt: skip
         for i in high:
             own |= {f"data.plan.pools.{i}.max_frames": n_high, f"data.plan.pools.{i}.seed": seed}
+        if self.config.validation_share is not None and n_high is not None:
+            n_validation = math.ceil(self.config.validation_share * n_high - 1e-9)
+            own["data.validation_max_frames"] = max(n_validation, LEAST_VALIDATION_FRAMES)
         recipe = self.recipe_of(f"methods.{method}", changes, own)
         if len(high) != 1:
             raise InputError(

@@ -235,6 +235,9 @@ def _fairness(summary: Summary) -> list[str]:
         f"- Validation: the best weights are chosen on split `{fair['validation_split']}`, which has {counts} labels "
         f"of `{summary['high']}` beside those counted above, the same for every method that uses them."
     )
+    if fair["validation_max_frames"]:
+        each = ", ".join(f"{limit} with {n}" for n, limit in fair["validation_max_frames"].items())
+        lines[-1] += f" Of these it uses so many frames at most: {each}."
     return lines + _tuning(summary)
 
 

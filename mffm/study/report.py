@@ -180,6 +180,10 @@ def fairness(grid: Grid, judged: Sequence[Judged]) -> dict[str, Any]:
     ]  # fmt: skip
     a_recipe = next(iter(grid.trainings.values())).recipe
     validation = grid.store.label_counts(a_recipe.data.validation_split).get(grid.config.high, {})
+    limits = {
+        one.cell.n_high: grid.trainings[one.cell.training].recipe.data.validation_max_frames
+        for one in judged if not one.cell.is_refit
+    }  # fmt: skip
     return {
         "steps": steps,
         "steps_equal": len({tuple(s) for s in steps.values()}) == 1,
@@ -196,6 +200,7 @@ def fairness(grid: Grid, judged: Sequence[Judged]) -> dict[str, Any]:
         "test_equal": all(len(n) == 1 for props in sizes.values() for n in props.values()),
         "validation_split": a_recipe.data.validation_split,
         "validation_labels": validation,
+        "validation_max_frames": {n: limit for n, limit in sorted(limits.items()) if limit is not None},
     }
 
 

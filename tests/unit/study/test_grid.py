@@ -79,6 +79,13 @@ def test_a_method_on_labels_of_its_own(make_study: Callable[..., Path]):
         grid_of(make_study(methods={**content()["methods"], "exact": method}))
 
 
+def test_validation_frames_in_proportion_to_the_labels(make_study: Callable[..., Path]):
+    trainings = grid_of(make_study(validation_share=0.3)).trainings
+    found = {n: trainings[f"methods/delta/n{n}-s0"].recipe.data.validation_max_frames for n in (8, 16)}
+    assert found == {8: 4, 16: 5}
+    assert trainings["stages/low/s0"].recipe.data.validation_max_frames == 8, "a stage keeps the recipe's"
+
+
 def test_methods_keep_the_order_of_the_file(make_study: Callable[..., Path]):
     assert list(load_study(make_study(), ["methods.late.title=x"]).methods)[:2] == ["hf_only", "delta"]
 
