@@ -108,8 +108,8 @@ class StudyConfig(Schema):
         None,
         gt=0,
         le=1,
-        description="frames of the validation split that a cell with n_high frames chooses its weights by, as a share of "
-        "n_high, 4 at least: all labels that a cell needs are then proportional to n_high; None: the recipe's",
+        description="frames of the validation split that a cell with n_high frames chooses its weights by, as a share "
+        "of n_high, 4 at least: all labels that a cell needs are then proportional to n_high; None: the recipe's",
     )
     properties: list[Property] = Field(default=["energy", "forces"], min_length=1, description="judged")
     stages: dict[Name, StageConfig] = Field(default_factory=dict)

@@ -19,7 +19,6 @@ from mffm.errors import InputError
 from mffm.fidelity import FidelityTable
 from mffm.keys import ENERGY
 
-
 LEAST_VALIDATION_FRAMES = 4
 
 
