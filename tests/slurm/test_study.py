@@ -1,4 +1,4 @@
-"""A study as arrays of a real SLURM: its stage is preempted, the controller interrupted, and the same command goes on."""
+"""A study as arrays of a real SLURM: its stage is preempted, the controller interrupted; the same command goes on."""
 
 import json
 import signal
