@@ -6,6 +6,7 @@ code.json, code.diff   version, git commit, whether the tree had changes, and th
 job.json               job id, executor, nodes × tasks, when it was submitted
 status.json            written by rank 0's task: state, start, when; its mtime is a heartbeat
 logs/rank-<r>.log      output of a rank, appended over all starts
+cpu/                   <start>-rank-<r>.json: CPU time of a rank in a start, null until its end; `mffm.executor.Usage`
 then/                  <step>.json: state of a job that follows the training; its mtime is a heartbeat
 failures/              <start>-rank-<r>.txt: report of a rank that died; a start is <job id>.<requeues>
 submitit/              submitit's own scripts, pickles and logs of the tasks

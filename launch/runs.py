@@ -29,6 +29,7 @@ INNER = {
     "submitit",
     "logs",
     "failures",
+    "cpu",
     "wandb",
     "quarantine",
 }

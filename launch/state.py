@@ -14,6 +14,7 @@ TERMINAL = frozenset(
 )  # fmt: skip
 UNKNOWN = "UNKNOWN"  # the controller answered that it does not know the job: it is over
 NO_ANSWER = "NO_ANSWER"  # the controller is away, or cannot be reached: nothing is known, ask again later
+NO_SUCH_JOB = "Invalid job id specified"
 ANSWER_SECONDS = 30.0  # of one program; SLURM's own MessageTimeout is 10 s by default
 
 
@@ -32,6 +33,21 @@ def slurm_state(job_id: str, timeout_seconds: float = math.inf) -> str:
             return state
         denied |= state == UNKNOWN and ask is not _SACCT
     return UNKNOWN if denied else NO_ANSWER
+
+
+def slurm_states(job_ids: Sequence[str]) -> dict[str, str]:
+    """Return SLURM's states of many jobs and tasks of arrays, asked with one question.
+
+    One that squeue does not list is UNKNOWN.
+    """
+    if not job_ids:
+        return {}
+    jobs = ",".join(dict.fromkeys(job_id.partition("_")[0] for job_id in job_ids))
+    done = _run(["squeue", "-h", "-r", "-t", "all", "-o", "%i %T", "-j", jobs], ANSWER_SECONDS)
+    if done is None or (done.returncode != 0 and NO_SUCH_JOB not in done.stderr):
+        return dict.fromkeys(job_ids, NO_ANSWER)
+    found = dict(line.split(maxsplit=1) for line in done.stdout.splitlines())
+    return {job_id: found.get(job_id, UNKNOWN) for job_id in job_ids}
 
 
 def named(name: str) -> str | None:
@@ -86,7 +102,7 @@ def _ask(program: Sequence[str], job_id: str, seconds: float) -> str:
     if done is None:
         return NO_ANSWER
     if done.returncode != 0:
-        return UNKNOWN if "Invalid job id specified" in done.stderr else NO_ANSWER
+        return UNKNOWN if NO_SUCH_JOB in done.stderr else NO_ANSWER
     if program is _SCONTROL:
         found = re.search(r"\bJobState=(\w+)", done.stdout)
         return found[1] if found else NO_ANSWER

@@ -75,8 +75,33 @@ def submit(
     for run in runs:
         check_folder(run, after)
         then.check(Path(run.run_folder), steps)
-    folders = [prepare_folder(run, cluster) for run in runs]
-    executor = make_executor(base / "submitit", job_name or recipe.name, cluster, after)
+    submitted = submit_checked(runs, cluster, base / "submitit", job_name or recipe.name, after)
+    if steps:
+        _follow_all(submitted, cluster, steps, job_name or recipe.name)
+    return submitted
+
+
+def submit_checked(
+    runs: Sequence[Recipe],
+    cluster: ClusterConfig,
+    place: Path,
+    name: str,
+    after: str | None = None,
+    behind: str | None = None,
+) -> list[Submitted]:
+    """Write the folders of runs that `check_folder` let through, and submit them: one job, or one array.
+
+    Args:
+        place: folder for submitit's files.
+        name: in the queue.
+        after, behind: job ids, joined by ``:``, that must be done, or must have ended somehow, before these start.
+
+    Raises:
+        InputError: sbatch refused.
+    """
+    code = code_version()
+    folders = [prepare_folder(run, cluster, code) for run in runs]
+    executor = make_executor(place, name, cluster, after, behind)
     jobs: list[submitit.Job[str]] = []
     bodies = [Training(str(folder), cluster.cpus_per_task, cluster.environment) for folder in folders]
     with refusals("the job"):
@@ -96,10 +121,7 @@ def submit(
             "submitted_at": records.now(),
         }
         records.write_json(folder / "job.json", written)
-    submitted = [Submitted(job, folder) for job, folder in zip(jobs, folders, strict=True)]
-    if steps:
-        _follow_all(submitted, cluster, steps, job_name or recipe.name)
-    return submitted
+    return [Submitted(job, folder) for job, folder in zip(jobs, folders, strict=True)]
 
 
 @contextmanager
@@ -162,8 +184,10 @@ def follow(
             ids[step] = executor.submit(body).job_id
 
 
-def make_executor(folder: Path, name: str, cluster: ClusterConfig, after: str | None) -> "submitit.AutoExecutor":
-    """Return submitit's executor for a cluster.
+def make_executor(
+    folder: Path, name: str, cluster: ClusterConfig, after: str | None, behind: str | None = None
+) -> "submitit.AutoExecutor":
+    """Return submitit's executor for a cluster; ``after`` and ``behind`` as for `submit_checked`.
 
     Raises:
         InputError: no SLURM here, or a parameter that submitit does not know.
@@ -183,7 +207,7 @@ def make_executor(folder: Path, name: str, cluster: ClusterConfig, after: str | 
         options["slurm_max_num_timeout"] = cluster.max_timeouts
         if cluster.python:
             options["slurm_python"] = cluster.python
-        parameters |= slurm_parameters(cluster, after)
+        parameters |= slurm_parameters(cluster, after, behind)
     elif cluster.setup:
         parameters["local_setup"] = cluster.setup
     try:
@@ -194,7 +218,7 @@ def make_executor(folder: Path, name: str, cluster: ClusterConfig, after: str | 
     return executor
 
 
-def slurm_parameters(cluster: ClusterConfig, after: str | None) -> dict[str, Any]:
+def slurm_parameters(cluster: ClusterConfig, after: str | None, behind: str | None) -> dict[str, Any]:
     """Return submitit's parameters that only SLURM has; what the YAML gives under ``slurm`` wins."""
     setup = list(cluster.setup)
     if (ROOT / "pyproject.toml").is_file() and not cluster.python:  # a clone, not an installed package
@@ -210,8 +234,9 @@ def slurm_parameters(cluster: ClusterConfig, after: str | None) -> dict[str, Any
         "slurm_setup": setup,
         "slurm_srun_args": srun,
     }
-    if after:
-        parameters["slurm_dependency"] = f"afterok:{after}"
+    held = [f"{kind}:{jobs}" for kind, jobs in (("afterok", after), ("afterany", behind)) if jobs]
+    if held:
+        parameters["slurm_dependency"] = ",".join(held)
         extra.setdefault("kill-on-invalid-dep", "yes")  # else a job waits for ever for one that failed
     return {**parameters, "slurm_additional_parameters": extra, **given}
 
@@ -271,7 +296,7 @@ def _leaves(config: Schema) -> dict[str, Any]:
     return walk(config.model_dump(mode="json"), "")
 
 
-def prepare_folder(recipe: Recipe, cluster: ClusterConfig) -> Path:
+def prepare_folder(recipe: Recipe, cluster: ClusterConfig, code: tuple[dict[str, Any], str]) -> Path:
     """Write the resolved recipe, the cluster's YAML and the version of the code into the run's folder."""
     folder = Path(recipe.run_folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -279,7 +304,7 @@ def prepare_folder(recipe: Recipe, cluster: ClusterConfig) -> Path:
         (folder / "status.json").unlink(missing_ok=True)  # of a run whose checkpoints were removed
     (folder / "submitted.yaml").write_text(dump(recipe))
     (folder / "cluster.yaml").write_text(dump(cluster))
-    version, diff = code_version()
+    version, diff = code
     records.write_json(folder / "code.json", version)
     (folder / "code.diff").unlink(missing_ok=True)
     if diff:

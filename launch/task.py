@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from launch import records
 from launch.state import node_address
+from mffm.executor import Usage, cpu_of_children, machine
 from mffm.failures import START_VARIABLE, Report, ending, node_name, path_of
 
 if TYPE_CHECKING:
@@ -101,6 +102,8 @@ class Training:
                 folder, "running", start=start, job_id=task.job_id, host=node_name(), ranks=task.num_tasks,
                 started=time.time(), started_step=step,
             )  # fmt: skip
+        place, before = machine(), cpu_of_children()
+        Usage(None, place).write(folder, start, rank)
         with log.open("ab") as stream:
             offset = stream.tell()
             process = subprocess.Popen(
@@ -114,6 +117,7 @@ class Training:
             title = f"start {start}, rank {rank} of {task.num_tasks}, host {node_name()}"
             stream.write(f"--- {title}, pid {process.pid}, {records.now()}\n".encode())
         code = _watch(process, folder, asked, start, rank, is_local=task.cluster == "local")
+        Usage(cpu_of_children() - before, place).write(folder, start, rank)
         return code, log, offset
 
 

@@ -40,7 +40,7 @@ class ClusterExecutor:
         """
         (job,) = jobs
         folder = Path(self.recipe.run_folder)
-        if _is_finished(folder):  # while no controller was there
+        if is_finished(folder):  # while no controller was there
             report({job.name: "done"})
             return {job.name: "done"}
         job_id = self._under_way(folder, job, report)
@@ -71,32 +71,51 @@ class ClusterExecutor:
             time.sleep(self.poll_seconds)
 
     def _wait(self, folder: Path, job: Job, job_id: str, report: Callable[[Mapping[str, State]], None]) -> State:
-        unknown_since: float | None = None
-        silent = False
+        watched, silent = Watched(folder, job_id), False
         while True:
-            report({job.name: "running" if records.status(folder).get("state") == "running" else "waiting"})
+            report({job.name: watched.shown()})
             slurm = slurm_state(job_id)
-            if _is_finished(folder):
-                return "done"
-            if slurm in TERMINAL:
-                self._note(job.log, f"job {job_id} is {slurm}{_reason(folder)}")
-                return "failed"
+            state, why = watched.state(slurm)
+            if why:
+                self._note(job.log, why)
+            if state in ("done", "failed"):
+                return state
             if (slurm == NO_ANSWER) != silent:
                 silent = not silent
                 self._note(job.log, f"SLURM {'does not answer' if silent else 'answers again'}; job {job_id} is kept")
-            if slurm != UNKNOWN or records.is_alive(folder):
-                unknown_since = None
-            elif unknown_since is None:
-                unknown_since = time.monotonic()
-            elif time.monotonic() - unknown_since > FORGOTTEN_SECONDS:
-                self._note(job.log, f"SLURM knows nothing of job {job_id}{_reason(folder)}")
-                return "failed"
             time.sleep(self.poll_seconds)
 
     def _note(self, log: Path, text: str) -> None:
         with log.open("a") as file:
             file.write(f"{records.now()} {text}\n")
         self.say(text)
+
+
+@dataclass
+class Watched:
+    """A submitted training, seen by the files of its run and by SLURM's state of its job."""
+
+    folder: Path
+    job_id: str
+    unknown_since: float | None = None
+
+    def shown(self) -> State:
+        """Return whether the training runs, or waits in the queue."""
+        return "running" if records.status(self.folder).get("state") == "running" else "waiting"
+
+    def state(self, slurm: str) -> tuple[State, str]:
+        """Return the state of the training, and why it failed, given the state that SLURM has just told."""
+        if is_finished(self.folder):
+            return "done", ""
+        if slurm in TERMINAL:
+            return "failed", f"job {self.job_id} is {slurm}{_reason(self.folder)}"
+        if slurm != UNKNOWN or records.is_alive(self.folder):
+            self.unknown_since = None
+        elif self.unknown_since is None:
+            self.unknown_since = time.monotonic()
+        elif time.monotonic() - self.unknown_since > FORGOTTEN_SECONDS:
+            return "failed", f"SLURM knows nothing of job {self.job_id}{_reason(self.folder)}"
+        return self.shown(), ""
 
 
 class NoAnswerError(InputError):
@@ -134,7 +153,8 @@ def cancel(folder: Path) -> None:
         subprocess.run(["scancel", str(job["job_id"])], capture_output=True, timeout=30)
 
 
-def _is_finished(folder: Path) -> bool:
+def is_finished(folder: Path) -> bool:
+    """Return whether a submitted run has nothing left to do."""
     return records.status(folder).get("state") == "finished"
 
 

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from mffm.config.base import Schema
     from mffm.config.cluster import ClusterConfig
     from mffm.config.recipe import Recipe
+    from mffm.executor import Executor
     from mffm.training.loop import Outcome
     from mffm.training.preflight import Check
 
@@ -309,7 +310,14 @@ def study(
     config: Annotated[Path, typer.Argument(help="study YAML, e.g. one of configs/studies")],
     overrides: Annotated[list[str] | None, typer.Argument(help="key.key=value of the study YAML")] = None,
     folder: Annotated[Path | None, typer.Option(help="runs/studies/<name> where not given")] = None,
-    workers: Annotated[int, typer.Option(min=1, help="trainings at a time, one thread each")] = 1,
+    workers: Annotated[
+        int | None,
+        typer.Option(min=1, help="trainings at a time: 1, on a cluster as many as it starts, where not given"),
+    ] = None,
+    cluster: Annotated[
+        str | None,
+        typer.Option(help="cluster YAML, or the name of one in configs/clusters: trainings are tasks of SLURM arrays"),
+    ] = None,
     report_only: Annotated[
         bool, typer.Option("--report-only", help="train nothing; report the cells that are finished")
     ] = False,
@@ -319,21 +327,23 @@ def study(
 
     settings = load_study(config, overrides or [])  # before the imports of seconds: a mistake is told at once
 
+    place = folder or Path("runs/studies") / settings.name
+    executor = _executor(place, settings.name, cluster, workers, report_only)
+
     from mffm.distributed import tune_allocator
-    from mffm.executor import LocalExecutor
     from mffm.study import grid, report
     from mffm.study.gate import gates
     from mffm.study.run import Stopped, StudyRun
 
-    place = folder or Path("runs/studies") / settings.name
     tune_allocator()
     expanded = grid.expand(settings, config, place)
     compared = gates(expanded)
-    work = StudyRun(expanded, place, LocalExecutor(workers), _say)
+    work = StudyRun(expanded, place, executor, _say)
     try:
         failed = {} if report_only else work.train()
     except Stopped:
-        print("interrupted and saved; the same command goes on", file=sys.stderr)
+        how = " and saved" if cluster is None else "; jobs that were submitted go on without it"
+        print(f"interrupted{how}; the same command goes on", file=sys.stderr)
         raise typer.Exit(EXIT_INTERRUPTED) from None
     summary = report.summarise(expanded, work.judge(), compared, failed)
     paths = report.write(expanded, summary, place)
@@ -342,6 +352,18 @@ def study(
     _say(f"report: {paths[0]}, {paths[1].name}, {paths[2].name}")
     if failed:
         _complain(f"{len(failed)} of the trainings failed; the same command tries them again", code=1)
+
+
+def _executor(folder: Path, name: str, cluster: str | None, workers: int | None, report_only: bool) -> "Executor":
+    """Return what runs the trainings of a study in a folder."""
+    from launch.arrays import ArrayExecutor, refuse_under_way
+    from mffm.executor import LocalExecutor
+
+    if cluster is not None:
+        return ArrayExecutor(folder, name, _cluster(cluster), workers, _say)
+    if not report_only:
+        refuse_under_way(folder)
+    return LocalExecutor(workers or 1)
 
 
 @app.command()

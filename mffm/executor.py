@@ -1,6 +1,7 @@
 """Run jobs and say how they stand: a small Protocol, and a pool of local processes that implements it."""
 
 import fcntl
+import json
 import os
 import resource
 import signal
@@ -8,11 +9,12 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal, Protocol
 
 from mffm.errors import InputError
+from mffm.failures import START_VARIABLE
 
 State = Literal["waiting", "running", "done", "failed"]
 
@@ -87,16 +89,53 @@ class LocalExecutor:
 
     def _has_ended(self, name: str, process: "subprocess.Popen[bytes]", wait: bool = False) -> bool:
         """Return whether a process has ended. The children's usage grows at that moment, by all that it used."""
-        before = _cpu_of_children()
+        before = cpu_of_children()
         if (process.wait() if wait else process.poll()) is None:
             return False
-        self.cpu_seconds[name] = _cpu_of_children() - before
+        self.cpu_seconds[name] = cpu_of_children() - before
         return True
 
 
-def _cpu_of_children() -> float:
+def cpu_of_children() -> float:
+    """Return the CPU time, in seconds, of the processes that this one has waited for, and of those that they did."""
     usage = resource.getrusage(resource.RUSAGE_CHILDREN)
     return usage.ru_utime + usage.ru_stime
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What one start of one rank of a submitted run used.
+
+    Attributes:
+        cpu_seconds: None where nobody saw its end, or it has not ended.
+        machine: as `machine` has it.
+    """
+
+    cpu_seconds: float | None
+    machine: str
+
+    def write(self, run: Path, start: str, rank: int) -> None:
+        """Write it to ``cpu/`` in the run's folder, aside and renamed: a reader never sees half of it."""
+        path = run / "cpu" / f"{start}-rank-{rank}.json"
+        path.parent.mkdir(exist_ok=True)
+        aside = path.with_name(f".{path.name}.partial")
+        aside.write_text(json.dumps(asdict(self)) + "\n")
+        os.replace(aside, path)
+
+
+def usages(run: Path) -> list[Usage]:
+    """Return what all starts of all ranks of a run used; empty for a run that was not submitted."""
+    return [Usage(**json.loads(path.read_text())) for path in sorted((run / "cpu").glob("*-rank-*.json"))]
+
+
+def machine() -> str:
+    """Return the processor of this machine, for reports."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        name = "processor not known"
+    return f"{name}, {os.cpu_count()} CPUs"
 
 
 def _start(job: Job) -> "subprocess.Popen[bytes]":
@@ -140,13 +179,18 @@ def locked(path: Path) -> Iterator[None]:
 def process_of(*arguments: Path | str) -> int | None:
     """Return a process of this machine that has one of these arguments or trains in such a run folder.
 
-    None where there is none, or no /proc.
+    None where there is none, or no /proc. What a SLURM job of the launcher runs does not count: SLURM knows of it.
     """
     wanted = {word.encode() for a in arguments for word in (str(a), f"run={a}")}
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         try:
-            if wanted & set(path.read_bytes().split(b"\0")):
+            if wanted & set(path.read_bytes().split(b"\0")) and not _is_of_slurm(path.parent):
                 return int(path.parent.name)
         except OSError:
             continue
     return None
+
+
+def _is_of_slurm(process: Path) -> bool:
+    names = {word.partition(b"=")[0] for word in (process / "environ").read_bytes().split(b"\0")}
+    return {START_VARIABLE.encode(), b"SLURM_JOB_ID"} <= names

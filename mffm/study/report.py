@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mffm import plots
+from mffm.executor import machine
 from mffm.keys import REPORT_UNITS
 from mffm.release import code_version, write_json, write_text
 from mffm.study import curves
@@ -15,7 +16,7 @@ from mffm.study.compare import not_worse
 from mffm.study.gate import Gate
 from mffm.study.grid import Grid
 from mffm.study.page import KINDS, markdown
-from mffm.study.run import Judged, machine
+from mffm.study.run import Judged
 
 Errors = dict[tuple[str, str], dict[str, dict[int, dict[int, float]]]]  # panel → method → labels → seed → MAE
 
@@ -39,7 +40,7 @@ def summarise(grid: Grid, judged: Sequence[Judged], gates: Sequence[Gate], faile
     return {
         "study": config.name,
         "date": time.strftime("%Y-%m-%d"),
-        "machine": machine(),
+        "machine": "; ".join(dict.fromkeys(m for one in judged for m in one.machines)) or machine(),
         "versions": code_version(),
         "store": {"name": grid.store.path.name, "fingerprint": grid.store.fingerprint},
         "high": config.high,

@@ -19,7 +19,7 @@ import torch
 from mffm.config.base import dump, read_yaml
 from mffm.errors import InputError
 from mffm.evaluate import parity
-from mffm.executor import Executor, Job, LocalExecutor, State, handling_stops, locked, process_of
+from mffm.executor import Executor, Job, LocalExecutor, State, handling_stops, locked, machine, process_of, usages
 from mffm.release import load, read_json, refit_references, sha256, write_json, write_text
 from mffm.study.grid import Cell, Grid, Training
 
@@ -40,6 +40,7 @@ class Judged:
         last_step: of the cell's training, which may have stopped early.
         plan: fingerprint of what the training drew.
         frames: (kind of split, property) → errors of every frame.
+        machines: where it was trained, and its stage.
     """
 
     cell: Cell
@@ -50,6 +51,7 @@ class Judged:
     last_step: int
     plan: str
     frames: dict[tuple[str, str], parity.FrameErrors]
+    machines: list[str]
 
 
 class StudyRun:
@@ -166,8 +168,15 @@ class StudyRun:
         return read_json(self._cpu(name)) if self._cpu(name).is_file() else {}
 
     def _cpu_seconds(self, name: str) -> float | None:
-        record = self._cpu_record(name)
-        return None if not record or record["is_open"] or record["is_lost"] else record["seconds"]
+        """Return the CPU time of a training in all sittings and in all starts of its jobs on a cluster."""
+        record, used = self._cpu_record(name), [usage.cpu_seconds for usage in usages(self._run(name))]
+        if record:
+            used.append(None if record["is_open"] or record["is_lost"] else record["seconds"])
+        known = [seconds for seconds in used if seconds is not None]
+        return sum(known) if used and len(known) == len(used) else None
+
+    def _machines(self, name: str) -> list[str]:
+        return [usage.machine for usage in usages(self._run(name))] or [machine()]
 
     def _judge(self, cell: Cell) -> Judged:
         path = self.folder / "errors" / f"{cell.name}.json"
@@ -204,7 +213,10 @@ class StudyRun:
         if cell.is_refit:
             own_cpu, stage_cpu = 0.0, own_cpu
         last_step = read_json(self._record(cell.training))["last_step"]
-        return Judged(cell, errors, rows, own_cpu, stage_cpu, last_step, content["plan"], _read_frames(frames, errors))
+        machines = [m for t in (cell.training, stage.name if stage else cell.training) for m in self._machines(t)]
+        return Judged(
+            cell, errors, rows, own_cpu, stage_cpu, last_step, content["plan"], _read_frames(frames, errors), machines
+        )
 
     def _has_checkpoint(self, training: str) -> bool:
         return (self._run(training) / "checkpoints" / "latest").exists()
@@ -275,13 +287,3 @@ def _flat(node: Any, prefix: str = "") -> dict[str, Any]:
 def _last_line(log: Path) -> str:
     lines = log.read_text(errors="replace").splitlines() if log.is_file() else []
     return next((line.strip() for line in reversed(lines) if line.strip()), "not started: what it starts from failed")
-
-
-def machine() -> str:
-    """Return the processor, for the report."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        name = "processor not known"
-    return f"{name}, {os.cpu_count()} CPUs"

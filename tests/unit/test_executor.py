@@ -1,3 +1,4 @@
+import os
 import subprocess
 import sys
 import time
@@ -82,3 +83,17 @@ def test_a_lock_is_held_once_and_a_process_is_found_by_its_arguments(tmp_path: P
     finally:
         process.kill()
         process.wait()
+
+
+def test_the_process_of_a_slurm_job_is_no_orphan(tmp_path: Path):
+    command = [*python("import time; print('up', flush=True); time.sleep(60)"), str(tmp_path)]
+    of_slurm = {**os.environ, "SLURM_JOB_ID": "7"}
+    for environment, is_found in ((of_slurm, True), ({**of_slurm, "MFFM_START": "7.0"}, False)):
+        process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE)
+        try:
+            assert process.stdout is not None
+            process.stdout.readline()
+            assert process_of(tmp_path) == (process.pid if is_found else None)
+        finally:
+            process.kill()
+            process.communicate()

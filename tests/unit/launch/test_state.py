@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import pytest
 
-from launch.state import named, slurm_state, wait
+from launch.state import named, slurm_state, slurm_states, wait
 
 FORGOTTEN = "echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1"
 AWAY = "echo 'slurm_load_jobs error: Unable to contact slurm controller (connect failure)' >&2; exit 1"
@@ -21,6 +21,17 @@ def test_scontrol_then_sacct_then_squeue(program: Callable[[str, str], None]):
     assert slurm_state("12") == "CANCELLED"
     program("scontrol", 'echo "JobId=13 ArrayJobId=12 ArrayTaskId=0 JobState=RUNNING Reason=None"')
     assert slurm_state("12_0") == "RUNNING"
+
+
+def test_many_jobs_are_asked_for_at_once(program: Callable[[str, str], None]):
+    program("squeue", '[ "$8" = 12,13 ] && printf "12_0 COMPLETED\\n12_1 RUNNING\\n"')
+    asked = ["12_0", "12_1", "13"]
+    assert slurm_states(asked) == {"12_0": "COMPLETED", "12_1": "RUNNING", "13": "UNKNOWN"}
+    program("squeue", FORGOTTEN)
+    assert slurm_states(asked) == dict.fromkeys(asked, "UNKNOWN")
+    program("squeue", AWAY)
+    assert slurm_states(asked) == dict.fromkeys(asked, "NO_ANSWER")
+    assert slurm_states([]) == {}
 
 
 def test_accounting_that_is_switched_off_is_no_answer(program: Callable[[str, str], None]):

@@ -12,6 +12,7 @@ import submitit
 
 from launch import records
 from launch.task import Training, ending, master_port, resolvable
+from mffm.executor import usages
 
 WAIT = "for _ in range(600): time.sleep(0.1)"
 
@@ -102,6 +103,9 @@ def test_a_warning_saves_on_all_ranks_and_starts_again(
         assert f"start {job.job_id}.1, rank {rank} of 2" in text
     status = records.status(run)
     assert (status["state"], status["started_step"]) == ("finished", 7)
+    used = {path.name for path in (run / "cpu").iterdir()}
+    assert used == {f"{job.job_id}.{start}-rank-{rank}.json" for start in (0, 1) for rank in (0, 1)}
+    assert all(one.cpu_seconds is not None and one.cpu_seconds > 0 for one in usages(run))
 
 
 def test_sigterm_alone_saves_and_leaves_no_result(

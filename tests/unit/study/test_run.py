@@ -15,7 +15,7 @@ import yaml
 
 from mffm.config.study import load_study
 from mffm.errors import InputError
-from mffm.executor import Executor, locked
+from mffm.executor import Executor, Usage, locked
 from mffm.study import report
 from mffm.study.gate import gates
 from mffm.study.grid import expand
@@ -192,6 +192,24 @@ def test_a_training_that_a_killed_study_left_running_is_not_started_twice(make_s
     finally:
         orphan.kill()
         orphan.wait()
+
+
+def test_cpu_time_is_that_of_sittings_here_and_of_starts_on_a_cluster(make_study: Callable[..., Path]):
+    run = study_run(make_study(**SMALL), OneProcess())
+    name = "stages/low/s0"
+    folder = run.folder / "runs" / name
+    folder.mkdir(parents=True)
+    assert run._cpu_seconds(name) is None
+    for start, rank, seconds in (("8_0.0", 0, 2.0), ("8_0.0", 1, 1.5), ("8_0.1", 0, 4.0)):
+        Usage(seconds, "a node").write(folder, start, rank)
+    assert run._cpu_seconds(name) == 7.5
+    assert set(run._machines(name)) == {"a node"}
+    record = run.folder / "cpu" / f"{name}.json"
+    record.parent.mkdir(parents=True)
+    record.write_text(json.dumps({"seconds": 0.5, "is_open": False, "is_lost": False}))
+    assert run._cpu_seconds(name) == 8.0
+    Usage(None, "a node").write(folder, "8_0.2", 0)
+    assert run._cpu_seconds(name) is None, "the end of a start was not seen"
 
 
 def test_command_line_refuses_a_wrong_study_with_code_2(make_study: Callable[..., Path], run_mffm: Callable[..., Any]):
