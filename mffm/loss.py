@@ -87,14 +87,13 @@ class Loss:
                     f"the recipe trains {prop} of {self.fidelities[fidelity]!r}, but its pools hold no such label; "
                     f"take {prop} out of the pool's properties or ingest the labels"
                 )
-        for key in ("weights", "final_weights"):
-            for name, factors in getattr(config, key).items():
-                for prop in factors:
-                    if not used.get((self.fidelities.index(name), prop)):
-                        raise InputError(
-                            f"loss.{key}.{name}.{prop} is given, but no pool of {name!r} trains {prop}; remove it "
-                            "or add the labels"
-                        )
+        for name, factors in config.weights.items():
+            for prop in factors:
+                if not used.get((self.fidelities.index(name), prop)):
+                    raise InputError(
+                        f"loss.weights.{name}.{prop} is given, but no pool of {name!r} trains {prop}; remove it "
+                        "or add the labels"
+                    )
         if not self.properties:
             raise InputError("the loss has no term: every weight is 0 or no pool has a label of it")
 
@@ -106,28 +105,17 @@ class Loss:
     def needs_stress(self) -> bool:
         return STRESS in self.properties
 
-    def factors(self, prop: Property, progress: float = 0.0) -> list[float]:
-        """Return the recipe's factor on a property's labels, for each fidelity, after this part of the steps."""
-        found = []
-        for name in self.fidelities:
-            first = self.config.weights.get(name, {}).get(prop, 1.0)
-            last = self.config.final_weights.get(name, {}).get(prop, first)
-            if first > 0 and last > 0:
-                found.append(first * (last / first) ** progress)
-            else:
-                found.append(first + (last - first) * progress)
-        return found
+    def factors(self, prop: Property) -> list[float]:
+        """Return the recipe's factor on a property's labels, for each fidelity."""
+        return [self.config.weights.get(name, {}).get(prop, 1.0) for name in self.fidelities]
 
-    def divisors(
-        self, counts: Counts, expected: Counts, normalisation: str | None = None, progress: float = 0.0
-    ) -> Tensor:
+    def divisors(self, counts: Counts, expected: Counts, normalisation: str | None = None) -> Tensor:
         """Return the factor on each (property, fidelity): weight × factor / N. [n_properties, n_fidelities] float64
 
         Args:
             counts: live labels of the step over all ranks and microbatches.
             expected: the plan's mean live labels of a step.
             normalisation: another one than the recipe's.
-            progress: part of the run's steps that is over, 0 to 1.
         """
         n = len(self.fidelities)
         normalisation = normalisation or self.config.normalisation
@@ -141,7 +129,7 @@ class Loss:
             else:
                 assert normalisation == "expected"
                 total = torch.tensor([float(expected.get((f, prop), 0)) for f in range(n)], dtype=torch.float64)
-            scale = torch.tensor(self.factors(prop, progress), dtype=torch.float64) * getattr(self.config, prop).weight
+            scale = torch.tensor(self.factors(prop), dtype=torch.float64) * getattr(self.config, prop).weight
             rows.append(torch.where(total > 0, scale / total.clamp_min(1e-300), torch.zeros_like(scale)))
         return torch.stack(rows)
 

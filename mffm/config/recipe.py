@@ -104,11 +104,6 @@ class LossConfig(Schema):
     weights: dict[str, dict[Property, NonNegative]] = Field(
         default_factory=dict, description="fidelity → property → factor on its labels"
     )
-    final_weights: dict[str, dict[Property, NonNegative]] = Field(
-        default_factory=dict,
-        description="fidelity → property → what the factor has become at the last step, by the same ratio every step "
-        "(by the same difference from or to 0): a low fidelity that leads at first and hands over to a high one",
-    )
     normalisation: Literal["pooled", "per_fidelity", "expected"] = Field(
         "pooled",
         description="divide by the count of a property over all fidelities, of each (fidelity, property), or by "
@@ -287,7 +282,6 @@ class Recipe(Schema):
         fidelities = self.fidelities
         named: dict[str, set[str]] = {
             "loss.weights": set(self.loss.weights),
-            "loss.final_weights": set(self.loss.final_weights),
             "references.given": set(self.references.given),
             "references.anchor": {self.references.anchor} if self.references.anchor else set(),
             "model.d3": set(self.model.d3),

@@ -76,21 +76,6 @@ def test_per_fidelity_and_expected_divide_by_their_own_counts():
     torch.testing.assert_close(rows["expected"], torch.tensor([[1 / 7.5, 1 / 2.5], [1 / 33, 0.0]], dtype=torch.float64))
 
 
-def test_weights_go_over_to_the_final_ones():
-    config = LossConfig(
-        weights={"hf": {"energy": 2.0}}, final_weights={"lf": {"energy": 0.01, "forces": 0.0}, "hf": {"energy": 8.0}}
-    )
-    loss = Loss(config, ["lf", "hf"], USED)
-    for progress, energy, forces in ((0.0, [1.0, 2.0], 1.0), (0.5, [0.1, 4.0], 0.5), (1.0, [0.01, 8.0], 0.0)):
-        assert loss.factors(ENERGY, progress) == pytest.approx(energy)
-        assert loss.factors(FORCES, progress)[0] == pytest.approx(forces)
-    counts = {(0, ENERGY): 3, (1, ENERGY): 1, (0, FORCES): 30}
-    row = loss.divisors(counts, {}, progress=0.5)[0]
-    torch.testing.assert_close(row, torch.tensor([0.1 / 4, 4.0 / 4], dtype=torch.float64))
-    with pytest.raises(InputError, match=r"loss.final_weights.hf.forces is given, but no pool of 'hf' trains forces"):
-        Loss(LossConfig(final_weights={"hf": {"forces": 0.1}}), ["lf", "hf"], USED)
-
-
 def test_masked_label_has_no_value_and_no_gradient_even_if_it_is_infinite():
     loss = Loss(LossConfig(), ["lf", "hf"], USED)
     batch = make_batch([2, 2], [0, 1], [True, False], [True, False])
