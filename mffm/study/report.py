@@ -63,13 +63,13 @@ def summarise(grid: Grid, judged: Sequence[Judged], gates: Sequence[Gate], faile
 def _method(grid: Grid, name: str) -> dict[str, Any]:
     spec = grid.config.methods[name]
     steps = sorted({grid.steps(cell) for cell in grid.cells if cell.method == name})
-    stage = spec.start_from or spec.refit
     return {
         "title": grid.config.title(name),
         "changes": spec.changes,
         "start_from": spec.start_from,
         "refit": spec.refit,
-        "stage_changes": grid.config.stages[stage].changes if stage else {},
+        "plus": spec.plus,
+        "stages": {stage: grid.config.stages[stage].changes for stage in spec.stages},
         "needs_lf_at_inference": spec.needs_lf_at_inference,
         "steps": steps,
     }
@@ -78,7 +78,7 @@ def _method(grid: Grid, name: str) -> dict[str, Any]:
 def _cell(one: Judged) -> dict[str, Any]:
     cell = one.cell
     return {
-        "method": cell.method, "n_high": cell.n_high, "seed": cell.seed, "training": cell.training,
+        "method": cell.method, "n_high": cell.n_high, "seed": cell.seed, "training": cell.training, "plus": cell.plus,
         "high_frames": cell.draw, "plan": one.plan, "last_step": one.last_step, "cpu_seconds": one.cpu_seconds,
         "stage_cpu_seconds": one.stage_cpu_seconds, "errors": one.rows,
     }  # fmt: skip

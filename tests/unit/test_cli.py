@@ -143,6 +143,7 @@ def test_what_decides_the_numbers_is_not_overridden_behind_the_recipe(make_recip
     recipe = make_recipe(deepspeed={"overrides": {"zero_optimization": 3}})
     assert "deepspeed.overrides.zero_optimization: 3; expected keys and values" in refused("train", str(recipe))
     assert "model.init_from needs start_from" in refused("train", str(make_recipe()), "model.init_from={pbe: gfn2}")
+    assert "references.refit: false is for" in refused("train", str(make_recipe()), "references.refit=false")
     assert "optim.betas" in refused("train", str(make_recipe()), "optim.betas=[0.9, 1.5]")
     assert "loss.weights" in refused("train", str(make_recipe()), "loss.weights={pbe: {energy: -1}}")
 
