@@ -106,6 +106,23 @@ def edges(
 
 
 @app.command()
+def difference(
+    store: StoreArgument,
+    high: Annotated[str, typer.Option(help="fidelity whose labels are subtracted from")],
+    low: Annotated[str, typer.Option(help="fidelity whose labels are subtracted")],
+    name: Annotated[str | None, typer.Option(help="of the new fidelity; <high>_minus_<low> where not given")] = None,
+    layer: Annotated[str | None, typer.Option(help="of the label layer; the fidelity's name where not given")] = None,
+) -> None:
+    """Add the differences of two fidelities' labels as a third fidelity: what an explicit delta is trained on."""
+    from mffm.data.differences import add_difference
+
+    name = name or f"{high}_minus_{low}"
+    counts = add_difference(store, high, low, name, layer or name)
+    shown = ", ".join(f"{n:,} {p}" for p, n in counts.items()) or "complete already, nothing new"
+    console.print(f"{store}: {name} = {high} − {low}: {shown}", highlight=False, markup=False)
+
+
+@app.command()
 def verify(store: StoreArgument) -> None:
     """Check every file of a store against its SHA-256."""
     from mffm.data.store import Store

@@ -31,7 +31,7 @@ from mffm import __version__
 from mffm.batch import Batch
 from mffm.config.base import validate
 from mffm.config.model import ModelConfig
-from mffm.data.loader import evaluation_batches
+from mffm.data.loader import collate, evaluation_batches
 from mffm.data.references import ElementReferences
 from mffm.data.store import Store
 from mffm.errors import InputError, known
@@ -181,6 +181,14 @@ def systems_at(loaded: Loaded, store: Store, rows: np.ndarray, fidelity: str, as
     index = loaded.fidelities.index(asked)
     for batch in evaluation_batches(store, rows, fidelity, own, loaded.spec.model.backbone.cutoff, EVALUATION_EDGES):
         yield batch.with_fidelity(torch.full_like(batch.fidelity_idx, index))
+
+
+def same_systems(loaded: Loaded, store: Store, batch: Batch, fidelity: str, asked: str) -> Batch:
+    """Return the systems of a batch from ``systems_at``, in its order, as another potential reads them; no labels."""
+    own, n = FidelityTable([store.fidelities[fidelity]]), batch.n_systems
+    cutoff = loaded.spec.model.backbone.cutoff
+    systems = collate(store, batch.rows.cpu().numpy(), np.zeros(n, np.int64), own, [()] * n, cutoff)
+    return systems.with_fidelity(torch.full_like(systems.fidelity_idx, loaded.fidelities.index(asked)))
 
 
 def refit_references(loaded: Loaded, store: Store, rows: np.ndarray, fidelity: str, asked: str) -> np.ndarray:

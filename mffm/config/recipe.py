@@ -81,6 +81,11 @@ class ReferencesConfig(Schema):
     given: dict[str, dict[str, float]] = Field(
         default_factory=dict, description="fidelity → element symbol → eV; not fitted"
     )
+    refit: bool = Field(
+        True,
+        description="of a fidelity that starts from another one (model.init_from): fitted on what that one's "
+        "predictions leave of its labels; false keeps that one's, so that the weights must learn the difference",
+    )
 
 
 class TermConfig(Schema):
@@ -262,6 +267,11 @@ class Recipe(Schema):
         if self.model.init_from and not self.start_from:
             raise ValueError(
                 "model.init_from needs start_from; in a fresh run heads start alike by model.heads.init_from"
+            )
+        if not self.references.refit and not self.model.init_from:
+            raise ValueError(
+                "references.refit: false is for a fidelity that starts from another one: give model.init_from, or "
+                "leave it out"
             )
         if self.optim.kind != "adamw" and (self.deepspeed.zero_stage > 0 or self.deepspeed.offload != "none"):
             raise ValueError(

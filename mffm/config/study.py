@@ -47,7 +47,12 @@ class MethodConfig(Schema):
     fidelity: str | None = Field(
         None,
         description="fidelity of the store that takes the place of the study's `high`, e.g. stored differences HF - LF "
-        "of an explicit delta; the method is judged on these labels",
+        "of an explicit delta; the method is judged on these labels, with `plus` on those of `high`",
+    )
+    plus: str | None = Field(
+        None,
+        description="stage, a training on the low fidelity, whose run of the same seed is added to the method's own: "
+        "an explicit delta on a learned low fidelity",
     )
     needs_lf_at_inference: bool = Field(
         False, description="a prediction needs a low-fidelity calculation too; ranked apart"
@@ -59,14 +64,28 @@ class MethodConfig(Schema):
     def _checks(self) -> "MethodConfig":
         _refuse_own(self.changes)
         _check_tune(self.tune or {})
-        if self.refit is not None and (self.changes or self.start_from or self.fidelity or self.tune):
-            raise ValueError("refit has no training of its own: leave out changes, start_from, fidelity and tune")
-        if self.fidelity is not None and not self.needs_lf_at_inference:
+        if self.refit is not None and (self.changes or self.start_from or self.fidelity or self.plus or self.tune):
+            raise ValueError("refit has no training of its own: leave out changes, start_from, fidelity, plus and tune")
+        if self.plus is not None and self.fidelity is None:
+            raise ValueError(
+                f"plus: {self.plus!r} is added to a training on stored differences: give their fidelity, e.g. "
+                "fidelity: pbe_minus_gfn2 of `mffm difference`"
+            )
+        if self.plus is not None and self.needs_lf_at_inference:
+            raise ValueError(
+                f"plus: {self.plus!r} takes the place of the low-fidelity calculation: leave out needs_lf_at_inference"
+            )
+        if self.fidelity is not None and self.plus is None and not self.needs_lf_at_inference:
             raise ValueError(
                 f"fidelity: {self.fidelity!r} is not the study's; say needs_lf_at_inference: true where a prediction "
-                "is added to a low-fidelity calculation"
+                "is added to a low-fidelity calculation, or plus: <stage> where to a stage's prediction"
             )
         return self
+
+    @property
+    def stages(self) -> list[str]:
+        """The stages that the method uses."""
+        return list(dict.fromkeys(stage for stage in (self.start_from, self.refit, self.plus) if stage is not None))
 
 
 def _refuse_own(changes: dict[str, Any]) -> None:
@@ -135,17 +154,17 @@ class StudyConfig(Schema):
             if twice is not None:
                 raise ValueError(f"{place}: {twice} is given twice")
         for name, method in self.methods.items():
-            for key in ("start_from", "refit"):
+            for key in ("start_from", "refit", "plus"):
                 stage = getattr(method, key)
                 if stage is not None and stage not in self.stages:
                     raise ValueError(f"methods.{name}.{key}: no stage {stage!r}; stages: {_names(self.stages)}")
         for name in self.baselines:
             if name not in self.methods:
                 raise ValueError(f"baselines: no method {name!r}; methods: {_names(self.methods)}")
-        used = {m.start_from for m in self.methods.values()} | {m.refit for m in self.methods.values()}
+        used = {stage for m in self.methods.values() for stage in m.stages}
         for name in self.stages:
             if name not in used:
-                raise ValueError(f"stages.{name}: no method starts from it or refits it")
+                raise ValueError(f"stages.{name}: no method starts from it, refits it or adds it")
         if self.ood == self.iid:
             raise ValueError(f"ood: {self.ood!r} is the iid split; name another, or null")
         self._check_candidate()

@@ -1,7 +1,8 @@
 """Adding labels to a store: a new layer beside the old ones. Nothing that is there changes."""
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -43,33 +44,15 @@ def add_labels(
     store = Store(store_path)
     if len(config.sources) != 1:
         raise InputError(f"layer {layer_name!r}: the data YAML has {len(config.sources)} sources; a layer takes one")
-    names = [layer["name"] for layer in store.manifest["layers"]]
-    if layer_name in names:
-        raise InputError(
-            f"{store.path}: has a layer {layer_name!r} already; layers: {known(names)}: choose another name"
-        )
-    if not layer_name.replace("-", "_").isidentifier():
-        raise InputError(f"layer {layer_name!r}: not a name; use letters, digits, _ and -, a letter first")
-    fidelities = _extended(store, fidelity_table(config), fidelities_of(config, 0))
-    folder = store.path / "layers" / f".adding-{layer_name}"
-    shutil.rmtree(folder, ignore_errors=True)
-    try:
-        folder.mkdir(parents=True)
+    source = config.sources[0]
+    with layer_folder(store, layer_name) as folder:
+        fidelities = _extended(store, fidelity_table(config), fidelities_of(config, 0))
         with _Matcher(store, folder, config) as matcher:
             numbers = matcher.run(Path(base), progress)
             entry = matcher.write(layer_name)
         (folder / "match.lmdb").unlink()
-        for part in folder.glob("part-*.npz"):
-            part.unlink()
-        folder.rename(store.path / "layers" / layer_name)
-        _publish(store, fidelities, entry, config)
-    except (OSError, lmdb.Error) as error:
-        explained = records.disk_error(error, store.path)
-        if explained is None:
-            raise
-        raise explained from error
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        described = {"name": source.name, "licence": source.licence, "citation": source.citation}
+        publish(store, folder, entry, fidelities, described)
     return numbers
 
 
@@ -93,14 +76,70 @@ def _extended(store: Store, declared: FidelityTable, labelled: tuple[str, ...]) 
     return table
 
 
-def _publish(store: Store, fidelities: FidelityTable, entry: dict[str, Any], config: DataConfig) -> None:
+@contextmanager
+def layer_folder(store: Store, name: str) -> Iterator[Path]:
+    """Give an empty folder to write a layer in; it goes at the end, unless ``publish`` has moved it to its place.
+
+    Raises:
+        InputError: a layer of that name exists, a name that is none, or no space left in the block.
+    """
+    names = [layer["name"] for layer in store.manifest["layers"]]
+    if name in names:
+        raise InputError(f"{store.path}: has a layer {name!r} already; layers: {known(names)}: choose another name")
+    if not name.replace("-", "_").isidentifier():
+        raise InputError(f"layer {name!r}: not a name; use letters, digits, _ and -, a letter first")
+    folder = store.path / "layers" / f".adding-{name}"
+    shutil.rmtree(folder, ignore_errors=True)
+    try:
+        folder.mkdir(parents=True)
+        yield folder
+    except (OSError, lmdb.Error) as error:
+        explained = records.disk_error(error, store.path)
+        if explained is None:
+            raise
+        raise explained from error
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def write_layer(
+    store: Store,
+    folder: Path,
+    name: str,
+    source: str,
+    fidelities: Sequence[str],
+    after: Callable[[bytes], Iterator[tuple[int, bytes]]],
+) -> dict[str, Any]:
+    """Write (row, label record) pairs as a layer into a folder; return its entry for the manifest.
+
+    Args:
+        after: yields the pairs, rows ascending, after a row key (all for b"").
+    """
+    entries: list[dict[str, Any]] = []
+    parts: list[Path] = []
+
+    def done(entry: dict[str, Any], columns: dict[str, np.ndarray]) -> None:
+        parts.append(folder / f"part-{len(entries):05d}.npz")
+        save_columns(parts[-1], columns)
+        entries.append(entry)
+
+    write_label_shards(folder, after, entries, store.manifest["shard_frames"], len(fidelities), done)
+    layer = close_layer(folder, name, source, fidelities, entries, parts)
+    for part in parts:
+        part.unlink()
+    return layer
+
+
+def publish(
+    store: Store, folder: Path, entry: dict[str, Any], fidelities: FidelityTable, source: dict[str, str]
+) -> None:
+    """Move a written layer to its place, then name it in the manifest, with its source and the store's fidelities."""
+    folder.rename(store.path / "layers" / entry["name"])
     manifest = dict(store.manifest)
     manifest["fidelities"] = fidelities.to_list()
     manifest["layers"] = [*manifest["layers"], entry]
-    source = config.sources[0]
-    if source.name not in store.source_names:
-        described = {"name": source.name, "licence": source.licence, "citation": source.citation}
-        manifest["sources"] = [*manifest["sources"], described]
+    if source["name"] not in store.source_names:
+        manifest["sources"] = [*manifest["sources"], source]
     manifest["fingerprint"] = combined_fingerprint(
         manifest["geometry_fingerprint"], [(layer["name"], layer["fingerprint"]) for layer in manifest["layers"]]
     )
@@ -236,8 +275,6 @@ class _Matcher:
 
     def write(self, name: str) -> dict[str, Any]:
         """Write the layer into the folder; return its entry for the manifest."""
-        entries: list[dict[str, Any]] = []
-        parts: list[Path] = []
 
         def after(first: bytes) -> Iterator[tuple[int, bytes]]:
             with self.environment.begin() as transaction:
@@ -246,11 +283,4 @@ class _Matcher:
                     for key, value in cursor.iternext():
                         yield int.from_bytes(key, "big"), value
 
-        def done(entry: dict[str, Any], columns: dict[str, np.ndarray]) -> None:
-            parts.append(self.folder / f"part-{len(entries):05d}.npz")
-            save_columns(parts[-1], columns)
-            entries.append(entry)
-
-        shard_frames = self.store.manifest["shard_frames"]
-        write_label_shards(self.folder, after, entries, shard_frames, len(self.fidelities), done)
-        return close_layer(self.folder, name, self.source.name, self.fidelities, entries, parts)
+        return write_layer(self.store, self.folder, name, self.source.name, self.fidelities, after)

@@ -9,11 +9,12 @@ import numpy as np
 import torch
 
 from mffm import plots
-from mffm.batch import reference_energy
+from mffm.batch import Batch, reference_energy
 from mffm.data.store import Store
 from mffm.errors import InputError, known
 from mffm.keys import ENERGY, FORCES, PROPERTIES, REPORT_UNITS, STRESS, Property
-from mffm.release import Loaded, systems_at, write_json
+from mffm.models.potential import Prediction
+from mffm.release import Loaded, same_systems, systems_at, write_json
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,39 @@ class Evaluation:
         return [(f"{f} {p}", units[p], label, self.predictions[f, p]) for (f, p), label in self.labels.items()]
 
 
+@dataclass(frozen=True)
+class Addend:
+    """A potential whose predictions, at the fidelity ``asked``, are added to those of another: a low fidelity below a
+    learned difference.
+    """
+
+    loaded: Loaded
+    asked: str
+
+    def added_to(
+        self, prediction: Prediction, reference: torch.Tensor, batch: Batch, store: Store, fidelity: str, stress: bool
+    ) -> tuple[Prediction, torch.Tensor]:
+        """Return the sums of both predictions and of both energies of the element references. [n_systems] float64, eV
+
+        Args:
+            prediction, reference: of the other potential for ``batch``, whose labels are of ``fidelity``.
+        """
+        device = batch.rows.device
+        systems = same_systems(self.loaded, store, batch, fidelity, self.asked).to(device)
+        own = self.loaded.potential(systems, forces=True, stress=stress)
+        both = Prediction(
+            prediction.energy + own.energy,
+            prediction.atom_energies + own.atom_energies,
+            _sum(prediction.forces, own.forces),
+            _sum(prediction.stress, own.stress),
+        )
+        return both, reference + reference_energy(systems, self.loaded.spec.reference_table(device))
+
+
+def _sum(a: torch.Tensor | None, b: torch.Tensor | None) -> torch.Tensor | None:
+    return None if a is None or b is None else a + b
+
+
 def evaluate(
     loaded: Loaded,
     store: Store,
@@ -90,6 +124,7 @@ def evaluate(
     fidelities: Sequence[str] | None = None,
     predict_as: str | None = None,
     references: np.ndarray | None = None,
+    plus: Addend | None = None,
     device: torch.device | str = "cpu",
     progress: Callable[[int], None] = lambda n: None,
 ) -> Evaluation:
@@ -100,6 +135,7 @@ def evaluate(
         predict_as: ask the potential for this fidelity instead of the labels' own.
         references: [N_ELEMENTS + 1] eV, with ``predict_as``: element references of the labels' fidelity for these
             predictions, from ``release.refit_references``.
+        plus: what is compared is the sum of this one's predictions and the potential's, with both element references.
         progress: called with the number of frames done.
 
     Raises:
@@ -111,6 +147,7 @@ def evaluate(
         store.fidelities.index(name)
         loaded.fidelities.index(predict_as or name)
     table = loaded.spec.reference_table(device)
+    predicts_stress = all(one.potential.has_stress for one in (loaded, *([plus.loaded] if plus else [])))
     if references is not None:
         assert predict_as is not None
         table[loaded.fidelities.index(predict_as)] = torch.as_tensor(references, device=device)
@@ -122,12 +159,14 @@ def evaluate(
         frames: dict[Property, tuple[list[np.ndarray], list[np.ndarray]]] = {p: ([], []) for p in PROPERTIES}
         for batch in systems_at(loaded, store, rows, name, asked):
             batch = batch.to(device)
-            if not loaded.potential.has_stress:
+            if not predicts_stress:
                 result.without_stress += int(batch.masks[STRESS].sum())
                 batch.masks[STRESS] = torch.zeros_like(batch.masks[STRESS])
             has_stress = bool(batch.masks[STRESS].any())
             prediction = loaded.potential(batch, forces=True, stress=has_stress)
             reference = reference_energy(batch, table)
+            if plus is not None:
+                prediction, reference = plus.added_to(prediction, reference, batch, store, name, has_stress)
             known_elements = ~reference.isnan()
             lost = int((batch.masks[ENERGY] & ~known_elements).sum())
             if lost:

@@ -62,7 +62,7 @@ def gates(grid: Grid) -> list[Gate]:
         InputError: R² of the energies below 0.5: the fidelities are unrelated.
     """
     high = grid.config.high
-    own = {cell.fidelity for cell in grid.cells}
+    own = {cell.fidelity for cell in grid.cells} | {cell.asked for cell in grid.cells if not cell.is_refit}
     lows = dict.fromkeys(
         (pool.fidelity, pool.split) for training in grid.trainings.values() for pool in training.recipe.data.plan.pools
         if pool.fidelity not in own

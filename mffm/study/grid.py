@@ -12,9 +12,9 @@ import numpy as np
 from mffm.config.base import apply_overrides, as_overrides, read_yaml, validate
 from mffm.config.recipe import Recipe
 from mffm.config.study import StudyConfig
-from mffm.data.checks import split_leaks
+from mffm.data.checks import SAME_LABEL, split_leaks
 from mffm.data.pools import build_pools
-from mffm.data.store import Store
+from mffm.data.store import Store, combined_fingerprint
 from mffm.errors import InputError
 from mffm.fidelity import FidelityTable
 from mffm.keys import ENERGY
@@ -46,9 +46,11 @@ class Cell:
         n_high: frames with high-fidelity labels.
         training: name of the training whose run is judged.
         fidelity: whose labels it is judged on.
-        asked: fidelity that the potential is asked for; another one than ``fidelity`` where references are refitted.
+        asked: fidelity that the potential is asked for; another one than ``fidelity`` where references are refitted, or
+            where it is a difference.
         high_rows: [n_high] rows of the store with the cell's high-fidelity labels, ascending.
         trials: names of the trainings of which the one with the best validation is judged.
+        plus: name of the training whose run is added to the potential.
     """
 
     method: str
@@ -59,6 +61,7 @@ class Cell:
     asked: str
     high_rows: np.ndarray
     trials: tuple[str, ...]
+    plus: str | None = None
 
     @property
     def name(self) -> str:
@@ -66,7 +69,12 @@ class Cell:
 
     @property
     def is_refit(self) -> bool:
-        return self.asked != self.fidelity
+        return self.asked != self.fidelity and self.plus is None
+
+    @property
+    def judged(self) -> list[str]:
+        """Names of the trainings whose runs predict together."""
+        return [self.training] if self.plus is None else [self.training, self.plus]
 
     @property
     def draw(self) -> str:
@@ -83,15 +91,15 @@ class Grid:
     trainings: dict[str, Training]
     cells: list[Cell]
 
-    def stage_of(self, cell: Cell) -> Training | None:
-        """Return the training that a cell's own training started from."""
-        after = self.trainings[cell.training].after
-        return None if after is None else self.trainings[after]
+    def stages_of(self, cell: Cell) -> list[Training]:
+        """Return the trainings that a cell's own training started from, and that is added to it; each once."""
+        names = dict.fromkeys((self.trainings[cell.training].after, cell.plus))
+        return [self.trainings[name] for name in names if name is not None]
 
     def steps(self, cell: Cell) -> int:
-        """Return the optimiser steps of a cell as its recipes have it, those of its stage included."""
-        stage = self.stage_of(cell)
-        return self.trainings[cell.training].recipe.train.steps + (stage.recipe.train.steps if stage else 0)
+        """Return the optimiser steps of a cell as its recipes have it, those of its stages included."""
+        trainings = [self.trainings[cell.training], *self.stages_of(cell)]
+        return sum(training.recipe.train.steps for training in trainings)
 
     def steps_of(self, method: str) -> list[int]:
         """Return the different optimiser steps of a method's cells and trials, ascending."""
@@ -117,8 +125,8 @@ def expand(config: StudyConfig, path: Path, folder: Path) -> Grid:
     recipe = validate(Recipe, base, f"{base_path} with the changes of {path}")
     store = Store(recipe.data.store, recipe.data.layers)
     _check_store(config, store, path)
-    pinned = [*as_overrides(config.changes), *as_overrides(_pins(config, store))]
-    maker = _Maker(config, path, read_yaml(base_path), pinned, store, folder)
+    fixed = [*as_overrides(config.changes), *as_overrides({"train.threads": 1, "log.group": config.name})]
+    maker = _Maker(config, path, read_yaml(base_path), fixed, store, folder)
     trainings: dict[str, Training] = {}
     for name in config.stages:
         for seed in config.seeds:
@@ -134,26 +142,22 @@ def expand(config: StudyConfig, path: Path, folder: Path) -> Grid:
     return Grid(config, store, trainings, cells)
 
 
-def _pins(config: StudyConfig, store: Store) -> dict[str, Any]:
-    """Return what every recipe of the study has: one thread a process, one group, the store as it is now."""
-    layers = [layer.name for layer in store.layers]
-    return {
-        "train.threads": 1, "log.group": config.name, "data.layers": layers, "data.fingerprint": store.fingerprint
-    }  # fmt: skip
-
-
 def _check_store(config: StudyConfig, store: Store, path: Path) -> None:
     leaks = split_leaks(store)
     if leaks:
         raise InputError(f"{store.path}: {leaks[0]}; a study's test frames must be in no training set: ingest again")
     places = {"high": config.high}
     places |= {f"methods.{name}.fidelity": m.fidelity for name, m in config.methods.items() if m.fidelity}
+    judged = {config.high} | {m.fidelity for m in config.methods.values() if m.plus is None}
     for place, fidelity in places.items():
         if fidelity not in store.fidelities:
             raise InputError(
                 f"{path}: {place}: {fidelity!r} is not in the store {store.path}, which has "
-                f"{', '.join(store.fidelities.names)}"
+                f"{', '.join(store.fidelities.names)}; add it with `mffm ingest --add-labels`, or a difference of two "
+                "with `mffm difference`"
             )
+        if fidelity not in judged:
+            continue
         for kind, split in config.splits.items():
             try:
                 counts = store.label_counts(split).get(fidelity, {})
@@ -180,8 +184,15 @@ class _Maker:
     folder: Path
 
     def recipe_of(self, place: str, changes: Mapping[str, Any], own: Mapping[str, Any]) -> Recipe:
+        """Return a recipe that pins the store as it is now, but for layers without a fidelity of its own."""
         overrides = [*self.fixed, *as_overrides(changes), *as_overrides(own)]
-        return validate(Recipe, apply_overrides(self.base, overrides), f"{self.path}: {place}")
+        recipe = validate(Recipe, apply_overrides(self.base, overrides), f"{self.path}: {place}")
+        layers = [layer for layer in self.store.layers if not set(recipe.fidelities).isdisjoint(layer.fidelities)]
+        fingerprint = combined_fingerprint(
+            self.store.geometry_fingerprint, [(layer.name, layer.fingerprint) for layer in layers]
+        )
+        pins = {"layers": [layer.name for layer in layers], "fingerprint": fingerprint}
+        return recipe.model_copy(update={"data": recipe.data.model_copy(update=pins)})
 
     def run(self, training: str) -> str:
         return str(self.folder / "runs" / training)
@@ -219,12 +230,7 @@ class _Maker:
         fidelity = spec.fidelity or self.config.high
         rows = self._high_rows(method, fidelity, n_high, seed)
         if spec.refit is not None:
-            training = trainings[f"stages/{spec.refit}/s{seed}"]
-            if len(training.recipe.fidelities) != 1:
-                raise InputError(
-                    f"{self.path}: methods.{method}.refit: stage {spec.refit!r} trains "
-                    f"{', '.join(training.recipe.fidelities)}; a stage of one fidelity is needed to ask it for that"
-                )
+            training = self._stage_of_one(f"methods.{method}.refit", trainings[f"stages/{spec.refit}/s{seed}"])
             unlabelled = int((~self.store.has(fidelity, ENERGY)[rows]).sum())
             if unlabelled:
                 raise InputError(
@@ -247,7 +253,33 @@ class _Maker:
                 )
             trials.append(Training(name, recipe, stage, tuned))
         names = tuple(training.name for training in trials)
-        return trials, Cell(method, n_high, seed, names[0], fidelity, fidelity, rows, names)
+        if spec.plus is None:
+            return trials, Cell(method, n_high, seed, names[0], fidelity, fidelity, rows, names)
+        plus = self._stage_of_one(f"methods.{method}.plus", trainings[f"stages/{spec.plus}/s{seed}"])
+        self._require_sum(f"methods.{method}.plus", fidelity, plus.recipe.fidelities[0], rows)
+        return trials, Cell(method, n_high, seed, names[0], self.config.high, fidelity, rows, names, plus.name)
+
+    def _stage_of_one(self, place: str, training: Training) -> Training:
+        """Return the training of a stage; it must know one fidelity, which it is asked for."""
+        if len(training.recipe.fidelities) != 1:
+            raise InputError(
+                f"{self.path}: {place}: stage {training.name.split('/')[1]!r} trains "
+                f"{', '.join(training.recipe.fidelities)}; a stage of one fidelity is needed to ask it for that"
+            )
+        return training
+
+    def _require_sum(self, place: str, difference: str, low: str, rows: np.ndarray) -> None:
+        """Energies of a difference and of the stage's fidelity must add up to those of `high`."""
+        high, has = self.config.high, self.store.has
+        rows = rows[(has(difference, ENERGY) & has(low, ENERGY) & has(high, ENERGY))[rows]]
+        energies = [self.store.energies(name, rows) for name in (difference, low, high)]
+        off = np.abs(energies[0] + energies[1] - energies[2]) / self.store.n_atoms[rows]
+        if off.max(initial=0) > SAME_LABEL[ENERGY]:
+            raise InputError(
+                f"{self.path}: {place}: energies of {difference} and of {low}, which the stage trains, do not add up "
+                f"to {high}: {off.max():.3g} eV/atom off at row {rows[off.argmax()]} of {self.store.path}; give "
+                f"fidelity: the difference {high} − {low}, which `mffm difference` makes"
+            )
 
     def _recipe_at(
         self, method: str, fidelity: str, n_high: int | None, seed: int, place: str, stage: str | None,

@@ -280,7 +280,15 @@ def _methods(summary: Summary) -> list[str]:
         changes = "<br>".join(f"`{k}: {json.dumps(v)}`" for k, v in method["changes"].items()) or "none"
         if method["refit"]:
             changes = "no training: references refitted"
-        stage = method["start_from"] or method["refit"] or ""
-        shown = "<br>".join(f"`{k}: {json.dumps(v)}`" for k, v in method["stage_changes"].items())
-        rows.append([f"{_title(summary, name)} (`{name}`)", changes, f"`{stage}`<br>{shown}" if stage else ""])
+        stages = [
+            "<br>".join([_stage(method, stage), *(f"`{k}: {json.dumps(v)}`" for k, v in changed.items())])
+            for stage, changed in method["stages"].items()
+        ]
+        rows.append([f"{_title(summary, name)} (`{name}`)", changes, "<br>".join(stages)])
     return ["## Methods", "", *table(["method", "changes in the base recipe", "stage, and its changes"], rows)]
+
+
+def _stage(method: Mapping[str, Any], stage: str) -> str:
+    uses = {"start_from": "starts from it", "plus": "its prediction is added"}
+    shown = [text for key, text in uses.items() if method[key] == stage]
+    return f"`{stage}`" + (f" ({', '.join(shown)})" if shown else "")

@@ -66,13 +66,13 @@ def summarise(grid: Grid, judged: Sequence[Judged], gates: Sequence[Gate], faile
 
 def _method(grid: Grid, name: str) -> dict[str, Any]:
     spec = grid.config.methods[name]
-    stage = spec.start_from or spec.refit
     return {
         "title": grid.config.title(name),
         "changes": spec.changes,
         "start_from": spec.start_from,
         "refit": spec.refit,
-        "stage_changes": grid.config.stages[stage].changes if stage else {},
+        "plus": spec.plus,
+        "stages": {stage: grid.config.stages[stage].changes for stage in spec.stages},
         "needs_lf_at_inference": spec.needs_lf_at_inference,
         "steps": grid.steps_of(name),
     }
@@ -97,7 +97,7 @@ def _tuning(grid: Grid, judged: Sequence[Judged]) -> dict[str, Any] | None:
 def _cell(grid: Grid, one: Judged) -> dict[str, Any]:
     cell = one.cell
     return {
-        "method": cell.method, "n_high": cell.n_high, "seed": cell.seed, "training": cell.training,
+        "method": cell.method, "n_high": cell.n_high, "seed": cell.seed, "training": cell.training, "plus": cell.plus,
         "tuned": dict(grid.trainings[cell.training].tuned),
         "high_frames": cell.draw, "plan": one.plan, "last_step": one.last_step, "cpu_seconds": one.cpu_seconds,
         "stage_cpu_seconds": one.stage_cpu_seconds, "errors": one.rows,

@@ -36,11 +36,11 @@ class Judged:
         errors: (kind of split, property) → MAE in the report's units.
         rows: kind of split → rows of `parity.Evaluation.rows`.
         cpu_seconds: of the cell's own training; None where it was not measured, 0 for a refit.
-        stage_cpu_seconds: of the stage that it uses.
+        stage_cpu_seconds: of the stages that it uses.
         last_step: of the cell's training, which may have stopped early.
         plan: fingerprint of what the training drew.
         frames: (kind of split, property) → errors of every frame.
-        machines: where it was trained, and its stage.
+        machines: where it was trained, and its stages.
     """
 
     cell: Cell
@@ -96,7 +96,9 @@ class StudyRun:
     def judge(self) -> list[Judged]:
         """Return the errors of every cell whose trainings are finished; those judged before are read."""
         torch.set_num_threads(1)
-        finished = [cell for cell in self.grid.cells if all(self._record(t).is_file() for t in cell.trials)]
+        finished = [
+            cell for cell in self.grid.cells if all(self._record(t).is_file() for t in {*cell.trials, *cell.judged})
+        ]  # fmt: skip
         return [self._judge(self._chosen(cell)) for cell in finished]
 
     def _chosen(self, cell: Cell) -> Cell:
@@ -180,11 +182,13 @@ class StudyRun:
 
     def _judge(self, cell: Cell) -> Judged:
         path = self.folder / "errors" / f"{cell.name}.json"
-        weights = sha256(self._run(cell.training) / "weights" / "best.safetensors")
+        weights = {name: sha256(self._run(name) / "weights" / "best.safetensors") for name in cell.judged}
         key = {
-            "weights_sha256": weights, "splits": self.grid.config.splits, "fidelity": cell.fidelity,
+            "weights_sha256": weights[cell.training], "splits": self.grid.config.splits, "fidelity": cell.fidelity,
             "asked": cell.asked, "draw": cell.draw,
         }  # fmt: skip
+        if cell.plus is not None:
+            key["plus_weights_sha256"] = weights[cell.plus]
         content = read_json(path) if path.is_file() else {}
         frames = path.with_suffix(".npz")
         if content.get("key") != key or not frames.is_file():
@@ -193,6 +197,9 @@ class StudyRun:
             if cell.is_refit:
                 refitted = refit_references(loaded, self.grid.store, cell.high_rows, cell.fidelity, cell.asked)
                 own = {"predict_as": cell.asked, "references": refitted}
+            elif cell.plus is not None:
+                low = self.grid.trainings[cell.plus].recipe.fidelities[0]
+                own = {"predict_as": cell.asked, "plus": parity.Addend(load(self._run(cell.plus)), low)}
             found = {
                 kind: parity.evaluate(loaded, self.grid.store, split, [cell.fidelity], **own)
                 for kind, split in self.grid.config.splits.items()
@@ -207,13 +214,15 @@ class StudyRun:
             write_json(path, content)
         rows = content["splits"]
         errors = {(kind, row["property"]): row["mae"] for kind in rows for row in rows[kind]}
-        stage = self.grid.stage_of(cell)
         own_cpu = self._cpu_seconds(cell.training)
-        stage_cpu = self._cpu_seconds(stage.name) if stage else 0.0
+        stages = [stage.name for stage in self.grid.stages_of(cell)]
+        of_stages = [self._cpu_seconds(name) for name in stages]
+        measured = [seconds for seconds in of_stages if seconds is not None]
+        stage_cpu = sum(measured) if len(measured) == len(of_stages) else None
         if cell.is_refit:
             own_cpu, stage_cpu = 0.0, own_cpu
         last_step = read_json(self._record(cell.training))["last_step"]
-        machines = [m for t in (cell.training, stage.name if stage else cell.training) for m in self._machines(t)]
+        machines = [m for t in (cell.training, *stages) for m in self._machines(t)]
         return Judged(
             cell, errors, rows, own_cpu, stage_cpu, last_step, content["plan"], _read_frames(frames, errors), machines
         )

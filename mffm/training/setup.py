@@ -148,15 +148,17 @@ def fit_references(
 
     A fidelity that the base has keeps the base's: its weights were trained against them. One that starts from another
     of the base (``model.init_from``) gets references fitted on what the base's predictions leave of its labels: it
-    starts as its parent with refitted references, not thousands of eV off.
+    starts as its parent with refitted references, not thousands of eV off, unless ``references.refit`` is false.
     """
     if base is None:
         return _without_d3(references.fit(store, fidelities.names, rows, recipe.references), recipe, store, rows)
     refitted = {}
+    refit = recipe.references.refit
     for name, parent in recipe.model.init_from.items():
         labelled = rows[name][store.has(name, ENERGY)[rows[name]]]
-        if name not in recipe.references.given and len(labelled):
-            values = refit_references(base, store, labelled, name, parent)
+        if name not in recipe.references.given and (len(labelled) or not refit):
+            parents = base.spec.references.array([parent])[0]
+            values = refit_references(base, store, labelled, name, parent) if refit else parents
             refitted[name] = {chemical_symbols[z]: float(values[z]) for z in np.flatnonzero(~np.isnan(values))}
     kept = {n: base.spec.references.to_dict()["references"][n] for n in fidelities.names if n in base.fidelities}
     kept = {n: values for n, values in kept.items() if n not in recipe.references.given}
@@ -167,9 +169,10 @@ def fit_references(
             method="kept", reason=f"those of {base.path}, which the weights were trained against"
         )
     for name in refitted:
+        origin = f"of {base.path} at {recipe.model.init_from[name]!r}"
         result.report[name].update(
-            method="refitted",
-            reason=f"fitted on the labels minus the predictions of {base.path} at {recipe.model.init_from[name]!r}",
+            method="refitted" if refit else "kept",
+            reason=f"fitted on the labels minus the predictions {origin}" if refit else f"those {origin}, not refitted",
         )
     return _without_d3(result, recipe, store, rows)
 

@@ -60,6 +60,16 @@ def test_missing_recipe_and_store(make_recipe: Callable[..., Path], tmp_path: Pa
     assert "no-store" in refused("train", str(make_recipe()), f"data.store={tmp_path / 'no-store'}")
 
 
+def test_difference_of_fidelities(molecule_store: Path, tmp_path: Path):
+    store = shutil.copytree(molecule_store, tmp_path / "store")
+    message = refused("difference", str(store), "--high", "pbe", "--low", "gfn1")
+    assert "unknown fidelity 'gfn1'; known fidelities: ccsdt, gfn2, pbe" in message
+    for expected in ("pbe_minus_gfn2 = pbe − gfn2: 90 energy, 90 forces", "complete already, nothing new"):
+        done = mffm("difference", str(store), "--high", "pbe", "--low", "gfn2")
+        assert done.returncode == 0, done.stderr
+        assert expected in done.stdout
+
+
 def test_yaml_that_is_not_utf8(tmp_path: Path):
     (tmp_path / "data.yaml").write_bytes("store: é\n".encode("latin-1"))
     message = refused("ingest", str(tmp_path / "data.yaml"))
@@ -133,6 +143,7 @@ def test_what_decides_the_numbers_is_not_overridden_behind_the_recipe(make_recip
     recipe = make_recipe(deepspeed={"overrides": {"zero_optimization": 3}})
     assert "deepspeed.overrides.zero_optimization: 3; expected keys and values" in refused("train", str(recipe))
     assert "model.init_from needs start_from" in refused("train", str(make_recipe()), "model.init_from={pbe: gfn2}")
+    assert "references.refit: false is for" in refused("train", str(make_recipe()), "references.refit=false")
     assert "optim.betas" in refused("train", str(make_recipe()), "optim.betas=[0.9, 1.5]")
     assert "loss.weights" in refused("train", str(make_recipe()), "loss.weights={pbe: {energy: -1}}")
 

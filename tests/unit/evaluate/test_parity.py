@@ -3,10 +3,14 @@
 import json
 from pathlib import Path
 
+import ase.io
 import numpy as np
 import pytest
 from ase import Atoms
+from ase.build import molecule
 
+from mffm.config.data import DataConfig
+from mffm.data.ingest import ingest
 from mffm.data.store import Store
 from mffm.deploy.ase import Calculator
 from mffm.errors import InputError
@@ -50,6 +54,34 @@ def test_refitted_references_mend_a_composition_shift(tiny_run: Path, molecule_s
     ]
     assert plain > 1e5
     assert refitted < 1e3
+
+
+def test_a_sum_predicts_the_sum_of_both(tiny_run: Path, tmp_path: Path):
+    """Energies, forces and stress; the references of both are taken off the labels."""
+    loaded, frames = load(tiny_run), []
+    for name in ("CH4", "H2O", "CH3OH"):
+        atoms = molecule(name, cell=[6.0, 6.5, 7.0], pbc=True)
+        atoms.info |= {"total": -5000.0 - len(atoms), "pressure": 0.01 * np.eye(3)}
+        atoms.arrays["pull"] = np.ones((len(atoms), 3))
+        frames.append(atoms)
+    ase.io.write(tmp_path / "frames.extxyz", frames)
+    labels = {"energy": "total", "forces": "pull", "stress": "pressure"}
+    content = {
+        "store": str(tmp_path / "store"), "fidelities": {"scan": {"level_of_theory": "SCAN"}}, "cutoffs": [4.0],
+        "splits": {"fractions": {"test": 1.0}},
+        "sources": [{"name": "box", "path": "frames.extxyz", "licence": "MIT", "labels": {"scan": labels}}],
+    }  # fmt: skip
+    ingest(DataConfig.model_validate(content), tmp_path, progress=False)
+    store = Store(tmp_path / "store")
+    one, other = (parity.evaluate(loaded, store, "test", ["scan"], predict_as=f) for f in ("gfn2", "pbe"))
+    both = parity.evaluate(loaded, store, "test", ["scan"], predict_as="gfn2", plus=parity.Addend(loaded, "pbe"))
+    assert [prop for _, prop in both.labels] == ["energy", "forces", "stress"]
+    for key, predictions in both.predictions.items():
+        assert np.abs(one.predictions[key]).max() > 0
+        np.testing.assert_allclose(predictions, one.predictions[key] + other.predictions[key], atol=1e-6)
+    taken_off = sum(loaded.spec.references.energies(f, store.composition(store.rows())) for f in ("gfn2", "pbe"))
+    per_atom = (store.energies("scan", store.rows()) - taken_off) / store.n_atoms
+    np.testing.assert_allclose(np.sort(both.labels["scan", "energy"]), np.sort(per_atom), atol=1e-9)
 
 
 def test_files_and_unknown_names(tiny_run: Path, molecule_store: Path, tmp_path: Path):

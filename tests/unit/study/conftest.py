@@ -1,6 +1,7 @@
 """A tiny study over the fixture store, and an executor that trains in one process: no start-up of seconds a run."""
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -10,6 +11,8 @@ from typing import Any
 import pytest
 import yaml
 
+from mffm.data.differences import add_difference
+from mffm.data.store import count_edges
 from mffm.executor import Job, State
 
 HIGH = [{"fidelity": "pbe", "properties": ["energy"]}]
@@ -57,6 +60,27 @@ def content(**changes: Any) -> dict[str, Any]:
         "baselines": ["hf_only", "fine_tune"],
     }
     return {**study, **changes}
+
+
+# Methods on stored differences: with the low fidelity's own calculation, and with a learned one.
+DIFFERENCE = {
+    "data.plan.pools": [{"fidelity": "pbe_minus_gfn2", "properties": ["energy", "forces"]}],
+    "model.heads": {"kind": "shared", "hidden": [8]},
+    "model.conditioning.kind": "none",
+}
+DELTAS: dict[str, dict[str, Any]] = {
+    "delta_exact": {"fidelity": "pbe_minus_gfn2", "needs_lf_at_inference": True, "changes": DIFFERENCE},
+    "delta_ml": {"fidelity": "pbe_minus_gfn2", "plus": "low", "changes": DIFFERENCE},
+}
+
+
+@pytest.fixture(scope="session")
+def difference_store(molecule_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The store of molecules with pbe_minus_gfn2, and edges within 3.5 Å too."""
+    store = Path(shutil.copytree(molecule_store, tmp_path_factory.mktemp("difference") / "store"))
+    add_difference(store, "pbe", "gfn2", "pbe_minus_gfn2", "difference")
+    count_edges(store, 3.5)
+    return store
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from mffm.errors import InputError
 from mffm.study.gate import Gate, _require, compare, gates
 from mffm.study.grid import Grid, expand
 
-from .conftest import HIGH, content
+from .conftest import DELTAS, HIGH, content
 
 
 def grid_of(path: Path, *overrides: str) -> Grid:
@@ -86,6 +86,61 @@ def test_validation_frames_in_proportion_to_the_labels(make_study: Callable[...,
     assert trainings["stages/low/s0"].recipe.data.validation_max_frames == 8, "a stage keeps the recipe's"
 
 
+def deltas(store: Path, **changes: Any) -> dict[str, Any]:
+    """Return the changes of a study YAML to one with methods on stored differences."""
+    return {"methods": {**content()["methods"], **DELTAS}, "changes": {"data.store": str(store)}, **changes}
+
+
+def test_a_difference_added_to_a_stage_is_judged_on_the_high_labels(
+    make_study: Callable[..., Path], difference_store: Path
+):
+    grid = grid_of(make_study(**deltas(difference_store)))
+    cells = {c.name: c for c in grid.cells}
+    cell = cells["delta_ml/n8-s1"]
+    assert (cell.fidelity, cell.asked, cell.is_refit) == ("pbe", "pbe_minus_gfn2", False)
+    assert cell.judged == ["methods/delta_ml/n8-s1", "stages/low/s1"]
+    assert cells["delta_exact/n8-s1"].fidelity == "pbe_minus_gfn2"
+    assert np.array_equal(cell.high_rows, cells["hf_only/n8-s1"].high_rows)
+    assert grid.trainings[cell.training].after is None, "it does not start from the stage"
+    assert grid.steps(cell) == 4 + 2
+    assert [g.low for g in gates(grid)] == ["gfn2"], "a difference is no low fidelity"
+
+
+def test_a_stage_that_is_started_from_and_added_counts_once(make_study: Callable[..., Path], difference_store: Path):
+    both = {**DELTAS["delta_ml"], "start_from": "low"}
+    both["changes"] = {**both["changes"], "model.init_from": {"pbe_minus_gfn2": "gfn2"}, "train.steps": 3}
+    grid = grid_of(make_study(**deltas(difference_store, methods={**content()["methods"], "delta_ml": both})))
+    cell = next(c for c in grid.cells if c.method == "delta_ml")
+    assert [stage.name for stage in grid.stages_of(cell)] == ["stages/low/s0"]
+    assert grid.steps(cell) == 3 + 2
+
+
+def test_a_layer_of_another_fidelity_changes_no_recipe(make_study: Callable[..., Path], difference_store: Path):
+    before = grid_of(make_study())
+    after = grid_of(make_study(**deltas(difference_store)))
+    assert before.store.fingerprint != after.store.fingerprint
+    for name, training in before.trainings.items():
+        again = after.trainings[name].recipe
+        assert again.data.layers == ["molecules"], name
+        assert again.data.fingerprint == training.recipe.data.fingerprint == before.store.fingerprint
+    assert after.trainings["methods/delta_ml/n8-s0"].recipe.data.layers == ["difference"]
+
+
+def test_sums_that_are_none_are_refused(make_study: Callable[..., Path], difference_store: Path):
+    other = {**DELTAS["delta_ml"], "fidelity": "ccsdt"}
+    other["changes"] = {**other["changes"], "data.plan.pools": [{"fidelity": "ccsdt", "properties": ["energy"]}]}
+    methods = {**content()["methods"], "delta_ml": other}
+    with pytest.raises(InputError, match=r"methods.delta_ml.plus: energies of ccsdt and of gfn2.*do not add up to pbe"):
+        grid_of(make_study(**deltas(difference_store, methods=methods)))
+    with pytest.raises(InputError, match=r"'pbe_minus_gfn2' is not in the store.*`mffm difference`"):
+        grid_of(make_study(methods={**content()["methods"], **DELTAS}))
+    pools = [{"fidelity": name, "properties": ["energy"]} for name in ("gfn2", "ccsdt")]
+    stages = {"low": {"changes": {**content()["stages"]["low"]["changes"], "data.plan.pools": pools}}}
+    methods = {"hf_only": content()["methods"]["hf_only"], **DELTAS}
+    with pytest.raises(InputError, match=r"methods.delta_ml.plus: stage 'low' trains gfn2, ccsdt; a stage of one"):
+        grid_of(make_study(**deltas(difference_store, methods=methods, stages=stages, baselines=["hf_only"])))
+
+
 def test_methods_keep_the_order_of_the_file(make_study: Callable[..., Path]):
     assert list(load_study(make_study(), ["methods.late.title=x"]).methods)[:2] == ["hf_only", "delta"]
 
@@ -156,6 +211,17 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     "refit with changes": (
         {"methods": {**METHODS, "x": {"refit": "low", "changes": {"optim.lr": 1}}}}, "refit has no training of its own"
     ),
+    "sum without a difference": (
+        {"methods": {**METHODS, "x": {"plus": "low"}}}, "methods.x: .*plus: 'low' is added to a training on stored"
+    ),
+    "sum and a calculation": (
+        {"methods": {**METHODS, "x": {**DELTAS["delta_ml"], "needs_lf_at_inference": True}}},
+        "plus: 'low' takes the place of the low-fidelity calculation",
+    ),
+    "sum with an unknown stage": (
+        {"methods": {**METHODS, "x": {**DELTAS["delta_ml"], "plus": "middle"}}}, "methods.x.plus: no stage 'middle'"
+    ),
+    "refit and a sum": ({"methods": {**METHODS, "x": {"refit": "low", "plus": "low"}}}, "leave out .*, plus and tune"),
     "another fidelity unmarked": (
         {"methods": {**METHODS, "x": {"fidelity": "ccsdt"}}}, "needs_lf_at_inference: true"
     ),
@@ -186,7 +252,7 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
         {"tune": {"loss.energy.weight": [1.0, 2.0]}}, r"val/loss \(train.best\) cannot choose between them"
     ),
     "refit with trials": (
-        {"methods": {**METHODS, "x": {"refit": "low", "tune": {"optim.lr": [1.0]}}}}, "start_from, fidelity and tune"
+        {"methods": {**METHODS, "x": {"refit": "low", "tune": {"optim.lr": [1.0]}}}}, "start_from, fidelity, plus and tune"
     ),
     "no base recipe": ({"recipe": "none.yaml"}, "none.yaml: no such file"),
 }  # fmt: skip

@@ -10,19 +10,23 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
+from ase import Atoms
 
 from mffm.config.study import load_study
+from mffm.deploy.ase import Calculator
 from mffm.errors import InputError
 from mffm.executor import Executor, Usage, locked
+from mffm.release import write_json
 from mffm.study import report
 from mffm.study.gate import gates
 from mffm.study.grid import expand
 from mffm.study.page import markdown
 from mffm.study.run import StudyRun
 
-from .conftest import OneProcess, content, train_all
+from .conftest import DELTAS, OneProcess, content, train_all
 
 SMALL = {"n_high": [8, 16], "seeds": [0]}
 
@@ -124,6 +128,50 @@ def test_a_training_cut_short_is_resumed(make_study: Callable[..., Path]):
     again.train()
     assert [(n, c) for n, c, _ in executor.commands] == [(name, "resume"), ("methods/hf_only/n16-s0", "train")]
     assert {one.last_step for one in again.judge()} == {4}
+
+
+def test_a_sum_of_two_potentials_is_judged_on_the_high_labels(make_study: Callable[..., Path], difference_store: Path):
+    """As the calculators of both runs have it; the stage reads the structures with a cutoff of its own."""
+    stage = {"changes": {**content()["stages"]["low"]["changes"], "model.backbone.cutoff": 3.5}}
+    run = study_run(
+        make_study(
+            n_high=[8], seeds=[0], methods=DELTAS, stages={"low": stage}, baselines=["delta_exact"],
+            changes={"data.store": str(difference_store)},
+        ),
+        OneProcess(),
+    )  # fmt: skip
+    assert run.train() == {}
+    for name, seconds in (("methods/delta_ml/n8-s0", 60.0), ("stages/low/s0", 30.0)):
+        write_json(run.folder / "cpu" / f"{name}.json", {"seconds": seconds, "is_open": False, "is_lost": False})
+    exact, ml = run.judge()
+    runs, store = run.folder / "runs", run.grid.store
+    difference = Calculator(runs / "methods" / "delta_ml" / "n8-s0", fidelity="pbe_minus_gfn2")
+    low = Calculator(runs / "stages" / "low" / "s0", fidelity="gfn2")
+    energy_errors, force_errors = [], []
+    for row in store.rows(split="test", fidelity="pbe").tolist():
+        numbers, positions, _, _ = store.geometry(row)
+        atoms, labels = Atoms(numbers, positions), store.labels(row, "pbe")
+        energy = sum(calculator.get_potential_energy(atoms) for calculator in (difference, low))
+        forces = sum(calculator.get_forces(atoms) for calculator in (difference, low))
+        energy_errors.append(abs(energy - float(labels["energy"])) / len(atoms))
+        force_errors.append(np.abs(forces - labels["forces"]).ravel())
+    assert ml.errors["iid", "energy"] == pytest.approx(1e3 * np.mean(energy_errors), rel=1e-4)
+    assert ml.errors["iid", "forces"] == pytest.approx(1e3 * np.concatenate(force_errors).mean(), rel=1e-4)
+    assert exact.rows["iid"][0]["fidelity"] == "pbe_minus_gfn2"
+    assert ml.rows["iid"][0]["fidelity"] == "pbe"
+    assert ml.rows["iid"][0]["n_systems"] == len(energy_errors)
+    assert (ml.cpu_seconds, ml.stage_cpu_seconds, exact.stage_cpu_seconds) == (60.0, 30.0, 0.0)
+
+    summary = report.summarise(run.grid, [exact, ml], gates(run.grid), {})
+    assert summary["methods"]["delta_ml"]["steps"] == [4 + 2]
+    assert "`low` (its prediction is added)" in markdown(summary)
+    weights = runs / "stages" / "low" / "s0" / "weights"
+    (weights / "raw.safetensors").rename(weights / "best.safetensors")
+    exact_again, ml_again = run.judge()
+    assert exact_again.errors == exact.errors
+    assert ml_again.errors != ml.errors, "judged with the stage's old weights"
+    (run.folder / "records" / "stages" / "low" / "s0.json").unlink()
+    assert [one.cell.method for one in run.judge()] == ["delta_exact"], "judged before its stage is finished"
 
 
 def test_a_failed_training_leaves_a_gap_that_the_report_names(make_study: Callable[..., Path]):

@@ -3,11 +3,13 @@
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from mffm.config.base import load
 from mffm.config.recipe import Recipe
 from mffm.errors import InputError
+from mffm.release import load as load_potential
 from mffm.training.setup import prepare
 
 
@@ -22,3 +24,18 @@ def test_a_named_size_and_its_values_are_the_same_backbone(make_recipe: Callable
     prepare(recipe(values), saved)
     with pytest.raises(InputError, match=r"\(channels: 95 here, 96 there\)"):
         prepare(recipe(values.replace("96", "95")), saved)
+
+
+def test_references_of_the_parent_are_refitted_or_kept(make_recipe: Callable[..., Path], tiny_run: Path) -> None:
+    pools = "[{fidelity: gfn2, properties: [energy]}, {fidelity: ccsdt, properties: [energy]}]"
+    changes = [f"data.plan.pools={pools}", f"start_from={tiny_run}", "model.init_from={ccsdt: pbe}"]
+    parent = load_potential(tiny_run).spec.references
+    refitted = prepare(load(Recipe, make_recipe(), changes)).spec.references
+    kept = prepare(load(Recipe, make_recipe(), [*changes, "references.refit=false"])).spec.references
+    assert refitted.report["ccsdt"]["method"] == "refitted"
+    assert kept.report["ccsdt"]["method"] == "kept"
+    assert "at 'pbe', not refitted" in kept.report["ccsdt"]["reason"]
+    assert np.array_equal(kept.table["ccsdt"], parent.table["pbe"], equal_nan=True)
+    assert not np.array_equal(refitted.table["ccsdt"], parent.table["pbe"], equal_nan=True)
+    for references in (refitted, kept):
+        assert np.array_equal(references.table["gfn2"], parent.table["gfn2"], equal_nan=True)
