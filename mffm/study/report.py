@@ -9,7 +9,7 @@ from typing import Any
 from mffm import plots
 from mffm.keys import REPORT_UNITS
 from mffm.release import code_version, write_json, write_text
-from mffm.study import curves
+from mffm.study import curves, judges
 from mffm.study.advice import advice
 from mffm.study.gate import Gate
 from mffm.study.grid import Grid
@@ -51,10 +51,14 @@ def summarise(grid: Grid, judged: Sequence[Judged], gates: Sequence[Gate], faile
         "failed": dict(failed),
         "curves": {"/".join(panel): _curves(methods) for panel, methods in errors.items()},
         "factors": {"/".join(panel): _factors(grid, methods) for panel, methods in errors.items()},
+        "judges": judges.summarise(
+            grid.judges, ((o.cell.method, o.cell.n_high, o.cell.seed, o.found) for o in judged)
+        ),
         "cpu_minutes": _cpu(grid, judged),
         "fairness": fairness(grid, judged),
         "gates": [
-            {"low": g.low, "frames": g.n_frames, "r2": g.r2, "force_cosine": g.force_cosine} for g in gates
+            {"low": g.low, "split": g.split, "frames": g.n_frames, "r2": g.r2, "force_cosine": g.force_cosine}
+            for g in gates
         ],
         "advice": advice(grid, errors),
     }  # fmt: skip
@@ -152,7 +156,7 @@ def fairness(grid: Grid, judged: Sequence[Judged]) -> dict[str, Any]:
     sizes: dict[str, dict[str, set[int]]] = {}
     for one in judged:
         for kind, rows in one.rows.items():
-            for row in rows:
+            for row in (r for r in rows if r["property"] in grid.config.properties):
                 sizes.setdefault(kind, {}).setdefault(row["property"], set()).add(row["n_systems"])
     steps = {name: sorted({grid.steps(c) for c in grid.cells if c.method == name}) for name in grid.config.methods}
     stopped = [
@@ -181,7 +185,7 @@ def fairness(grid: Grid, judged: Sequence[Judged]) -> dict[str, Any]:
 
 
 def write(grid: Grid, summary: Mapping[str, Any], folder: Path) -> list[Path]:
-    """Write report.md, report.json and learning_curves.png; return their paths."""
+    """Write report.md, report.json, learning_curves.png and the judges' figures; return their paths."""
     paths = [folder / "report.md", folder / "report.json", folder / "learning_curves.png"]
     write_json(paths[1], summary)
     write_text(paths[0], markdown(summary))
@@ -196,4 +200,4 @@ def write(grid: Grid, summary: Mapping[str, Any], folder: Path) -> list[Path]:
             for name, points in methods.items()
         }
     plots.label_curves(paths[2], panels, f"frames with {grid.config.high} labels", len(grid.config.properties), apart)
-    return paths
+    return paths + judges.draw(summary["judges"], titles, grid.config.high, folder)
