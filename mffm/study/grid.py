@@ -1,7 +1,7 @@
 """The grid of a study: every cell's recipe, and the trainings that cells share."""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -77,7 +77,7 @@ class Grid:
     store: Store
     trainings: dict[str, Training]
     cells: list[Cell]
-    judges: list[Judge]
+    judges: Sequence[Judge] = ()
 
     def stage_of(self, cell: Cell) -> Training | None:
         """Return the training that a cell's own training started from."""
