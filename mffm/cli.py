@@ -366,7 +366,7 @@ def study(
     paths = report.write(expanded, summary, place)
     for line in summary["advice"]:
         _say(line)
-    _say(f"report: {paths[0]}, {paths[1].name}, {paths[2].name}")
+    _say(f"report: {', '.join([str(paths[0]), *(p.name for p in paths[1:])])}")
     if failed:
         _complain(f"{len(failed)} of the trainings failed; the same command tries them again", code=1)
 

@@ -216,3 +216,38 @@ def label_curves(
     )  # fmt: skip
     figure.savefig(path)
     plt.close(figure)
+
+
+def against_composition(
+    path: Path, panels: Mapping[str, tuple[Sequence[float], Mapping[str, Sequence[float]]]], ylabel: str
+) -> None:
+    """Write one figure of values against composition, a panel for each title.
+
+    Args:
+        panels: title → fractions and name → values there; the first name is drawn as black dots, the others as lines.
+    """
+    plt = _pyplot()
+    columns = min(len(panels), 3)
+    rows = -(-len(panels) // columns)
+    size = (3.4 * columns, 2.7 * rows + 0.8)
+    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
+    handles: dict[str, Any] = {}
+    for axis, (title, (fractions, lines)) in zip(axes.flat, panels.items(), strict=False):
+        axis.axhline(0, color="black", linewidth=0.5)
+        for i, (name, values) in enumerate(lines.items()):
+            if i == 0:
+                (handles[name],) = axis.plot(fractions, values, "o", color="black", markersize=4.5, zorder=5)
+            else:
+                (handles[name],) = axis.plot(
+                    fractions, values, color=COLORS[(i - 1) % len(COLORS)], linewidth=1.3, marker="sD^v"[i % 4],
+                    markersize=3, linestyle=("-", "--", ":")[(i - 1) // len(COLORS) % 3],
+                )  # fmt: skip
+        axis.set_title(title, fontsize=9)
+        axis.set_xlabel("fraction replaced")
+    for axis in axes[:, 0]:
+        axis.set_ylabel(ylabel)
+    for axis in list(axes.flat)[len(panels) :]:
+        axis.set_visible(False)
+    figure.legend(list(handles.values()), list(handles), loc="outside upper center", ncols=2, frameon=False, fontsize=8)
+    figure.savefig(path)
+    plt.close(figure)

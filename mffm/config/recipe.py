@@ -25,6 +25,9 @@ class PoolConfig(Schema):
         None, ge=1, description="use only so many frames, chosen by a hash of the seed: nested for growing numbers"
     )
     seed: int = Field(0, description="of the choice of max_frames")
+    elements_first: bool = Field(
+        False, description="max_frames takes frames that add an element before others: few labels know every element"
+    )
     weight: float | None = Field(None, gt=0, description="share of the draws; without it the temperature decides")
 
 

@@ -108,6 +108,39 @@ def _check_tune(tune: Tune) -> None:
             raise ValueError(f"tune.{name}: {twice} is given twice")
 
 
+class CellsConfig(Schema):
+    """Structures of a file that are judged beside the store's splits, in groups."""
+
+    file: str = Field(min_length=1, description="anything that ASE reads, relative to the study YAML")
+    group: str = Field(min_length=1, description="info key of a structure's group")
+    where: str | None = Field(None, description="info key that is true for the structures meant; all where not given")
+    uncovered: list[str] = Field(
+        default_factory=list, description="groups that no high-fidelity training labels cover; reported apart"
+    )
+
+
+class MixingConfig(CellsConfig):
+    """Mixing energies of each group between its two end members, against labels."""
+
+    energy: str = Field(min_length=1, description="info key of the high fidelity's energy, eV")
+    order: str = Field(min_length=1, description="info key: how many atoms are replaced; least and most: end members")
+    others: dict[str, str] = Field(
+        default_factory=dict, description="title → info key: other levels' own labels, for the table"
+    )
+    drawn: list[str] = Field(default_factory=list, description="methods in the figure; all where not given")
+    drawn_at: int | None = Field(
+        None, description="labels of the methods in the figure; the most that a method has where it has no such number"
+    )
+
+
+class EosConfig(CellsConfig):
+    """Lattice constants and bulk moduli from equations of state, against those of a method of the study."""
+
+    against: str = Field(min_length=1, description="method, at its most labels and the same seed")
+    strain: float = Field(0.06, gt=0, le=0.2, description="of the lengths, both ways; atoms move with the cell")
+    points: int = Field(9, ge=7, description="volumes of an equation of state")
+
+
 class StudyConfig(Schema):
     """A study YAML: {method} × {number of high-fidelity labels} × {seed}, judged on the same splits."""
 
@@ -131,6 +164,14 @@ class StudyConfig(Schema):
         "of n_high, 4 at least: all labels that a cell needs are then proportional to n_high; None: the recipe's",
     )
     properties: list[Property] = Field(default=["energy", "forces"], min_length=1, description="judged")
+    relative_energies: bool = Field(
+        False, description="judge energy differences at equal composition too, which need no element references"
+    )
+    mixing: MixingConfig | None = Field(None, description="judge mixing energies too")
+    eos: EosConfig | None = Field(None, description="judge lattice constants and bulk moduli too")
+    weak: list[str] = Field(
+        default_factory=list, description="low fidelities that may say little of the high energies (R² below 0.5)"
+    )
     stages: dict[Name, StageConfig] = Field(default_factory=dict)
     methods: dict[Name, MethodConfig] = Field(min_length=1)
     baselines: list[str] = Field(min_length=1, description="methods that the others are measured against")
@@ -165,6 +206,12 @@ class StudyConfig(Schema):
         for name in self.stages:
             if name not in used:
                 raise ValueError(f"stages.{name}: no method starts from it, refits it or adds it")
+        named = {"mixing.drawn": self.mixing.drawn} if self.mixing else {}
+        named |= {"eos.against": [self.eos.against]} if self.eos else {}
+        for place, methods in named.items():
+            unknown = next((m for m in methods if m not in self.methods), None)
+            if unknown is not None:
+                raise ValueError(f"{place}: no method {unknown!r}; methods: {_names(self.methods)}")
         if self.ood == self.iid:
             raise ValueError(f"ood: {self.ood!r} is the iid split; name another, or null")
         self._check_candidate()

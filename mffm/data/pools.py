@@ -13,10 +13,12 @@ from mffm.config.recipe import PlanConfig, PoolConfig
 from mffm.data.permutation import mix
 from mffm.errors import InputError, known
 from mffm.fidelity import FidelityTable
-from mffm.keys import PROPERTIES, Property
+from mffm.keys import N_ELEMENTS, PROPERTIES, Property
 
 if TYPE_CHECKING:
     from mffm.data.store import Store
+
+_CHUNK = 8192  # rows at a time: 8 MB of compositions
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,7 +65,8 @@ def build_pools(store: Store, config: PlanConfig, fidelities: FidelityTable, cut
 
     A frame enters a pool if at least one of the pool's properties is labelled. ``max_frames`` keeps the frames with
     the smallest hash of (pool seed, frame), so that larger choices contain smaller ones, fidelities with the same
-    seed choose the same frames, and neither the order of ingest nor the run's seed matters.
+    seed choose the same frames, and neither the order of ingest nor the run's seed matters. With ``elements_first`` the
+    frames that are the first to contain an element, in the order of the hash, come before all others.
 
     Raises:
         InputError: unknown fidelity, source or split; no edge counts for this cutoff; a pool without any label; pools
@@ -74,7 +77,7 @@ def build_pools(store: Store, config: PlanConfig, fidelities: FidelityTable, cut
     for place, entry in enumerate(config.pools):
         where = f"data.plan.pools.{place}"
         rows, live = _labelled_rows(store, entry, where)
-        chosen = np.isin(rows, choose(store, rows, entry.seed, entry.max_frames), assume_unique=True)
+        chosen = np.isin(rows, _chosen(store, rows, entry), assume_unique=True)
         rows, live = rows[chosen], live[chosen]
         pools.append(
             Pool(
@@ -125,16 +128,28 @@ def _labelled_rows(store: Store, entry: PoolConfig, where: str) -> tuple[np.ndar
 
 def choose(store: Store, rows: np.ndarray, seed: int, n: int | None) -> np.ndarray:
     """Return ``n`` of the rows (all for None), sorted: those with the smallest hash of (seed, frame)."""
-    if n is None or n >= len(rows):
-        return rows
-    return rows[_choose(np.asarray(store.frame_hash[rows, 0]), seed, n)]
+    return rows if n is None or n >= len(rows) else np.sort(rows[_order(store, rows, seed)[:n]])
 
 
-def _choose(frame_hash: np.ndarray, seed: int, n: int) -> np.ndarray:
-    """Return the sorted places of the ``n`` smallest hashes of (seed, frame)."""
+def _chosen(store: Store, rows: np.ndarray, entry: PoolConfig) -> np.ndarray:
+    """Return the rows that ``max_frames`` of a pool keeps, sorted."""
+    if not entry.elements_first or entry.max_frames is None:
+        return choose(store, rows, entry.seed, entry.max_frames)
+    ordered = rows[_order(store, rows, entry.seed)]
+    seen, first = np.zeros(N_ELEMENTS + 1, bool), []
+    for start in range(0, len(ordered), _CHUNK):
+        present = store.composition(ordered[start : start + _CHUNK]) > 0
+        added = present.any(0) & ~seen
+        first += [start + np.unique(present[:, added].argmax(0))]
+        seen |= added
+    order = np.concatenate([*first, np.delete(np.arange(len(ordered)), np.concatenate(first))])
+    return np.sort(ordered[order[: entry.max_frames]])
+
+
+def _order(store: Store, rows: np.ndarray, seed: int) -> np.ndarray:
+    """Return the places of the rows by the hash of (seed, frame)."""
     key = np.frombuffer(hashlib.blake2b(f"max_frames {seed}".encode(), digest_size=8).digest(), "<u8")
-    scores = mix(frame_hash.astype(np.uint64) ^ key)
-    return np.sort(np.argsort(scores, kind="stable")[:n])
+    return np.argsort(mix(np.asarray(store.frame_hash[rows, 0]).astype(np.uint64) ^ key), kind="stable")
 
 
 def _name(entry: PoolConfig, others: Sequence[Pool]) -> str:

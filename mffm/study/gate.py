@@ -30,6 +30,7 @@ class Gate:
     n_frames: int
     r2: float | None
     force_cosine: float | None
+    split: str = "train"
 
 
 def compare(store: Store, split: str, low: str, high: str) -> Gate:
@@ -41,7 +42,7 @@ def compare(store: Store, split: str, low: str, high: str) -> Gate:
     counts = store.composition(rows)
     n_elements = int((counts.sum(0) > 0).sum()) if len(rows) else 0
     if len(rows) < LEAST_FRAMES + n_elements:
-        return Gate(low, len(rows), None, None)
+        return Gate(low, len(rows), None, None, split)
     residual_low, residual_high = (element_fit(counts, store.energies(name, rows))[1] for name in (low, high))
     spread = float(np.square(residual_high).sum())
     r2 = 1 - float(np.square(residual_high - residual_low).sum()) / spread if spread > 0 else None
@@ -52,14 +53,14 @@ def compare(store: Store, split: str, low: str, high: str) -> Gate:
             a, b = a.astype(np.float64), b.astype(np.float64)
             products += [(a * b).sum(), (a * a).sum(), (b * b).sum()]
     cosine = float(products[0] / np.sqrt(products[1] * products[2])) if products[1] * products[2] > 0 else None
-    return Gate(low, len(rows), r2, cosine)
+    return Gate(low, len(rows), r2, cosine, split)
 
 
 def gates(grid: Grid) -> list[Gate]:
     """Return how every other fidelity that the study trains compares to the high one.
 
     Raises:
-        InputError: R² of the energies below 0.5: the fidelities are unrelated.
+        InputError: R² of the energies below 0.5, of a fidelity that the study does not name as weak.
     """
     high = grid.config.high
     own = {cell.fidelity for cell in grid.cells} | {cell.asked for cell in grid.cells if not cell.is_refit}
@@ -68,7 +69,7 @@ def gates(grid: Grid) -> list[Gate]:
         if pool.fidelity not in own
     )  # fmt: skip
     found = [compare(grid.store, split, low, high) for low, split in lows]
-    _require(found, high)
+    _require([gate for gate in found if gate.low not in grid.config.weak], high)
     return found
 
 
@@ -77,6 +78,7 @@ def _require(found: Sequence[Gate], high: str) -> None:
         if gate.r2 is not None and gate.r2 < LEAST_R2:
             raise InputError(
                 f"{gate.low} says little of {high}: R² of the energies per atom after element references is "
-                f"{gate.r2:.2f} over {gate.n_frames} training frames that have both, {LEAST_R2} is the least; look for "
-                "a wrong unit, charge, periodicity or order of frames"
+                f"{gate.r2:.2f} over {gate.n_frames} frames of split {gate.split!r} that have both, {LEAST_R2} is the "
+                "least; look for a wrong unit, charge, periodicity or order of frames, or name it in `weak` if it is "
+                "meant to be"
             )

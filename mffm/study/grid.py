@@ -2,7 +2,7 @@
 
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,8 @@ from mffm.data.store import Store, combined_fingerprint
 from mffm.errors import InputError
 from mffm.fidelity import FidelityTable
 from mffm.keys import ENERGY
+from mffm.study.cells import Judge
+from mffm.study.judges import judges_of
 
 LEAST_VALIDATION_FRAMES = 4
 
@@ -84,12 +86,13 @@ class Cell:
 
 @dataclass(frozen=True)
 class Grid:
-    """A study on a store: what is trained, in an order that suits ``after``, and what is judged."""
+    """A study on a store: what is trained, in an order that suits ``after``, what is judged, and by what besides."""
 
     config: StudyConfig
     store: Store
     trainings: dict[str, Training]
     cells: list[Cell]
+    judges: Sequence[Judge] = ()
 
     def stages_of(self, cell: Cell) -> list[Training]:
         """Return the trainings that a cell's own training started from, and that is added to it; each once."""
@@ -116,7 +119,8 @@ def expand(config: StudyConfig, path: Path, folder: Path) -> Grid:
 
     Raises:
         InputError: a recipe that does not hold, fidelities or splits that the store lacks, more high-fidelity labels
-            than there are, structures in two splits.
+            than there are, structures in two splits, a training that reads what is judged, a judge's file that does
+            not hold.
     """
     base_path = path.parent / config.recipe
     base = apply_overrides(read_yaml(base_path), as_overrides(config.changes))
@@ -139,7 +143,22 @@ def expand(config: StudyConfig, path: Path, folder: Path) -> Grid:
                 trials, cell = maker.cell(method, n_high, seed, trainings)
                 trainings |= {training.name: training for training in trials}
                 cells.append(cell)
-    return Grid(config, store, trainings, cells)
+    _require_untrained(config, trainings, path)
+    judges = judges_of(config, path.parent, store, [training.recipe for training in trainings.values()])
+    return Grid(config, store, trainings, cells, judges)
+
+
+def _require_untrained(config: StudyConfig, trainings: Mapping[str, Training], path: Path) -> None:
+    """Refuse a training that reads a split that is judged."""
+    for training in trainings.values():
+        data = training.recipe.data
+        for split in [*(pool.split for pool in data.plan.pools), data.validation_split]:
+            kind = next((k for k, judged in config.splits.items() if judged == split), None)
+            if kind is not None:
+                raise InputError(
+                    f"{path}: {training.name} trains or validates on split {split!r}, which is the {kind} split that "
+                    "is judged; give its pools another one"
+                )
 
 
 def _check_store(config: StudyConfig, store: Store, path: Path) -> None:
@@ -305,15 +324,16 @@ class _Maker:
             n_validation = math.ceil(self.config.validation_share * n_high - 1e-9)
             own["data.validation_max_frames"] = max(n_validation, LEAST_VALIDATION_FRAMES)
         recipe = self.recipe_of(f"methods.{method}", changes, own)
-        if len(high) != 1:
+        if len(high) != 1 and not (high and self.config.methods[method].n_high == ["all"]):
             raise InputError(
                 f"{self.path}: methods.{method}: {len(high)} pools of {fidelity!r}, one is needed, whose max_frames "
-                f"the study sets; pools: {', '.join(p.fidelity for p in recipe.data.plan.pools)}"
+                f"the study sets (several with n_high: [all]); pools: "
+                f"{', '.join(p.fidelity for p in recipe.data.plan.pools)}"
             )
         return recipe
 
     def _high_rows(self, method: str, fidelity: str, n_high: int | None, seed: int) -> np.ndarray:
-        """Return the rows that a method's pool of high-fidelity labels has; of the base recipe's for a refit."""
+        """Return the rows that a method's pools of high-fidelity labels have; of the base recipe's for a refit."""
         spec = self.config.methods[method]
         if spec.refit is not None:
             recipe = self.recipe_of(f"methods.{method}", {}, {"seed": seed})
@@ -324,8 +344,8 @@ class _Maker:
         pools = [p for p in recipe.data.plan.pools if p.fidelity == fidelity]
         if not pools:
             raise InputError(f"{self.path}: methods.{method}.refit: the base recipe has no pool of {fidelity!r}")
-        entry = pools[0].model_copy(update={"max_frames": n_high, "seed": seed})
-        plan = recipe.data.plan.model_copy(update={"pools": [entry]})
+        entries = [pool.model_copy(update={"max_frames": n_high, "seed": seed}) for pool in pools]
+        plan = recipe.data.plan.model_copy(update={"pools": entries})
         table = FidelityTable([self.store.fidelities[fidelity]])
-        (pool,) = build_pools(self.store, plan, table, recipe.model.backbone.cutoff)
-        return pool.rows
+        built = build_pools(self.store, plan, table, recipe.model.backbone.cutoff)
+        return np.unique(np.concatenate([pool.rows for pool in built]))

@@ -1,11 +1,13 @@
 """The page of a study: Markdown from its summary."""
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from mffm.keys import REPORT_UNITS
+from mffm.study import judges
 from mffm.study.curves import Bounded
+from mffm.study.tables import table
 
 KINDS = {"iid": "IID", "ood": "OOD"}
 Summary = Mapping[str, Any]
@@ -21,17 +23,13 @@ def markdown(summary: Summary) -> str:
         *(_errors(summary, panel) for panel in summary["curves"]),
         _factors(summary),
         _not_worse(summary),
+        *judges.sections(summary["judges"], _titles(summary), summary["high"]),
         _cost(summary),
         _fairness(summary),
         _gates(summary),
         _methods(summary),
     ]
     return "\n\n".join("\n".join(part) for part in parts if part) + "\n"
-
-
-def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    """Return the lines of a Markdown table."""
-    return [f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows)]
 
 
 def _made(summary: Summary) -> str:
@@ -62,6 +60,10 @@ def _ordered(summary: Summary, names: Iterable[str]) -> list[str]:
 def _title(summary: Summary, name: str) -> str:
     method = summary["methods"][name]
     return method["title"] + (" †" if method["needs_lf_at_inference"] else "")
+
+
+def _titles(summary: Summary) -> dict[str, str]:
+    return {name: _title(summary, name) for name in _ordered(summary, summary["methods"])}
 
 
 def _curves_note(summary: Summary) -> str:
@@ -265,11 +267,11 @@ def _gates(summary: Summary) -> list[str]:
     if not summary["gates"]:
         return []
     rows = [
-        [f"`{g['low']}`", str(g["frames"]), *("not known" if g[k] is None else f"{g[k]:.3f}" for k in
+        [f"`{g['low']}`", f"`{g['split']}`", str(g["frames"]), *("not known" if g[k] is None else f"{g[k]:.3f}" for k in
          ("r2", "force_cosine"))]
         for g in summary["gates"]
     ]  # fmt: skip
-    head = ["low fidelity", "training frames with both", "R² of energies after references", "cosine of forces"]
+    head = ["low fidelity", "split", "frames with both", "R² of energies after references", "cosine of forces"]
     return [f"## How far the low fidelity is from `{summary['high']}`", "", *table(head, rows)]
 
 

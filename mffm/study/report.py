@@ -10,7 +10,7 @@ from mffm import plots
 from mffm.executor import machine
 from mffm.keys import REPORT_UNITS
 from mffm.release import code_version, write_json, write_text
-from mffm.study import curves
+from mffm.study import curves, judges
 from mffm.study.advice import advice
 from mffm.study.compare import not_worse
 from mffm.study.gate import Gate
@@ -54,11 +54,15 @@ def summarise(grid: Grid, judged: Sequence[Judged], gates: Sequence[Gate], faile
         "curves": {"/".join(panel): _curves(methods) for panel, methods in errors.items()},
         "factors": {"/".join(panel): _factors(grid, methods) for panel, methods in errors.items()},
         "not_worse": not_worse(grid, judged),
+        "judges": judges.summarise(
+            grid.judges, ((o.cell.method, o.cell.n_high, o.cell.seed, o.found) for o in judged)
+        ),
         "cpu_minutes": _cpu(grid, judged),
         "tuning": _tuning(grid, judged),
         "fairness": fairness(grid, judged),
         "gates": [
-            {"low": g.low, "frames": g.n_frames, "r2": g.r2, "force_cosine": g.force_cosine} for g in gates
+            {"low": g.low, "split": g.split, "frames": g.n_frames, "r2": g.r2, "force_cosine": g.force_cosine}
+            for g in gates
         ],
         "advice": advice(grid, errors),
     }  # fmt: skip
@@ -172,7 +176,7 @@ def fairness(grid: Grid, judged: Sequence[Judged]) -> dict[str, Any]:
     sizes: dict[str, dict[str, set[int]]] = {}
     for one in judged:
         for kind, rows in one.rows.items():
-            for row in rows:
+            for row in (r for r in rows if r["property"] in grid.config.properties):
                 sizes.setdefault(kind, {}).setdefault(row["property"], set()).add(row["n_systems"])
     steps = {name: grid.steps_of(name) for name in grid.config.methods}
     stopped = [
@@ -206,7 +210,7 @@ def fairness(grid: Grid, judged: Sequence[Judged]) -> dict[str, Any]:
 
 
 def write(grid: Grid, summary: Mapping[str, Any], folder: Path) -> list[Path]:
-    """Write report.md, report.json and learning_curves.png; return their paths."""
+    """Write report.md, report.json, learning_curves.png and the judges' figures; return their paths."""
     paths = [folder / "report.md", folder / "report.json", folder / "learning_curves.png"]
     write_json(paths[1], summary)
     write_text(paths[0], markdown(summary))
@@ -221,4 +225,4 @@ def write(grid: Grid, summary: Mapping[str, Any], folder: Path) -> list[Path]:
             for name, points in methods.items()
         }
     plots.label_curves(paths[2], panels, f"frames with {grid.config.high} labels", len(grid.config.properties), apart)
-    return paths
+    return paths + judges.draw(summary["judges"], titles, grid.config.high, folder)

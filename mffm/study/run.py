@@ -6,7 +6,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -16,11 +16,15 @@ from zipfile import BadZipFile
 import numpy as np
 import torch
 
-from mffm.config.base import dump, read_yaml
+from mffm.config.base import dump
+from mffm.config.base import load as load_recipe
+from mffm.config.recipe import Recipe
 from mffm.errors import InputError
 from mffm.evaluate import parity
 from mffm.executor import Executor, Job, LocalExecutor, State, handling_stops, locked, machine, process_of, usages
 from mffm.release import load, read_json, refit_references, sha256, write_json, write_text
+from mffm.study import judges
+from mffm.study.cells import Judge
 from mffm.study.grid import Cell, Grid, Training
 
 
@@ -35,6 +39,7 @@ class Judged:
     Attributes:
         errors: (kind of split, property) → MAE in the report's units.
         rows: kind of split → rows of `parity.Evaluation.rows`.
+        found: judge → what it found; empty for a method that is judged on other labels than the study's.
         cpu_seconds: of the cell's own training; None where it was not measured, 0 for a refit.
         stage_cpu_seconds: of the stages that it uses.
         last_step: of the cell's training, which may have stopped early.
@@ -46,6 +51,7 @@ class Judged:
     cell: Cell
     errors: dict[tuple[str, str], float]
     rows: dict[str, list[dict[str, Any]]]
+    found: dict[str, Any]
     cpu_seconds: float | None
     stage_cpu_seconds: float | None
     last_step: int
@@ -110,15 +116,17 @@ class StudyRun:
 
     def _write_recipes(self) -> None:
         for training in self.grid.trainings.values():
-            path, text = self._recipe(training.name), dump(training.recipe)
-            if path.is_file() and path.read_text() != text and self._has_checkpoint(training.name):
-                before, now = _flat(read_yaml(path)), _flat(training.recipe.model_dump(mode="json"))
+            path = self._recipe(training.name)
+            if path.is_file() and self._has_checkpoint(training.name):
+                # By what they say: a later mffm writes keys that an earlier one did not know.
+                before, now = (_flat(r.model_dump(mode="json")) for r in (load_recipe(Recipe, path), training.recipe))
                 changed = [k for k in sorted(before.keys() | now.keys()) if before.get(k) != now.get(k)]
-                raise InputError(
-                    f"{self.folder}: holds a run of {training.name} with another recipe ({', '.join(changed[:5])}); "
-                    "give another --folder, or the same YAML on the same store"
-                )
-            write_text(path, text)
+                if changed:
+                    raise InputError(
+                        f"{self.folder}: holds a run of {training.name} with another recipe "
+                        f"({', '.join(changed[:5])}); give another --folder, or the same YAML on the same store"
+                    )
+            write_text(path, dump(training.recipe))
 
     def _job(self, training: Training, left: set[str]) -> Job:
         begun = self._has_checkpoint(training.name)
@@ -182,38 +190,26 @@ class StudyRun:
 
     def _judge(self, cell: Cell) -> Judged:
         path = self.folder / "errors" / f"{cell.name}.json"
+        # Of differences HF - LF, alone or added to something, the other judges know no energy.
+        others = self.grid.judges if cell.fidelity == self.grid.config.high and cell.plus is None else []
         weights = {name: sha256(self._run(name) / "weights" / "best.safetensors") for name in cell.judged}
-        key = {
+        key: dict[str, Any] = {
             "weights_sha256": weights[cell.training], "splits": self.grid.config.splits, "fidelity": cell.fidelity,
             "asked": cell.asked, "draw": cell.draw,
         }  # fmt: skip
         if cell.plus is not None:
             key["plus_weights_sha256"] = weights[cell.plus]
+        if others:
+            key["judges"] = judges.digests(others)
         content = read_json(path) if path.is_file() else {}
         frames = path.with_suffix(".npz")
         if content.get("key") != key or not frames.is_file():
-            loaded = load(self._run(cell.training))
-            own: dict[str, Any] = {}
-            if cell.is_refit:
-                refitted = refit_references(loaded, self.grid.store, cell.high_rows, cell.fidelity, cell.asked)
-                own = {"predict_as": cell.asked, "references": refitted}
-            elif cell.plus is not None:
-                low = self.grid.trainings[cell.plus].recipe.fidelities[0]
-                own = {"predict_as": cell.asked, "plus": parity.Addend(load(self._run(cell.plus)), low)}
-            found = {
-                kind: parity.evaluate(loaded, self.grid.store, split, [cell.fidelity], **own)
-                for kind, split in self.grid.config.splits.items()
-            }
-            content = {
-                "key": key, "splits": {kind: evaluation.rows() for kind, evaluation in found.items()},
-                "plan": loaded.spec.provenance.get("plan_fingerprint", ""),
-            }  # fmt: skip
-            by_kind = {kind: evaluation.frame_errors(cell.fidelity) for kind, evaluation in found.items()}
             path.unlink(missing_ok=True)  # so that a kill leaves no JSON with the frames of other weights
-            _write_frames(frames, {(k, p): errors for k, props in by_kind.items() for p, errors in props.items()})
+            content = {"key": key, **self._evaluate(cell, others, frames)}
             write_json(path, content)
         rows = content["splits"]
         errors = {(kind, row["property"]): row["mae"] for kind in rows for row in rows[kind]}
+        found = {one.name: content["found"][one.name] for one in others}
         own_cpu = self._cpu_seconds(cell.training)
         stages = [stage.name for stage in self.grid.stages_of(cell)]
         of_stages = [self._cpu_seconds(name) for name in stages]
@@ -223,9 +219,32 @@ class StudyRun:
             own_cpu, stage_cpu = 0.0, own_cpu
         last_step = read_json(self._record(cell.training))["last_step"]
         machines = [m for t in (cell.training, *stages) for m in self._machines(t)]
+        by_frame = _read_frames(frames, errors)
         return Judged(
-            cell, errors, rows, own_cpu, stage_cpu, last_step, content["plan"], _read_frames(frames, errors), machines
-        )
+            cell, errors, rows, found, own_cpu, stage_cpu, last_step, content["plan"], by_frame, machines
+        )  # fmt: skip
+
+    def _evaluate(self, cell: Cell, others: Sequence[Judge], frames: Path) -> dict[str, Any]:
+        """Return the errors of a cell on the study's splits and what the other judges find; write those of frames."""
+        loaded = load(self._run(cell.training))
+        own: dict[str, Any] = {}
+        if cell.is_refit:
+            refitted = refit_references(loaded, self.grid.store, cell.high_rows, cell.fidelity, cell.asked)
+            own = {"predict_as": cell.asked, "references": refitted}
+        elif cell.plus is not None:
+            low = self.grid.trainings[cell.plus].recipe.fidelities[0]
+            own = {"predict_as": cell.asked, "plus": parity.Addend(load(self._run(cell.plus)), low)}
+        found = {
+            kind: parity.evaluate(loaded, self.grid.store, split, [cell.fidelity], **own)
+            for kind, split in self.grid.config.splits.items()
+        }
+        by_kind = {kind: evaluation.frame_errors(cell.fidelity) for kind, evaluation in found.items()}
+        _write_frames(frames, {(k, p): errors for k, props in by_kind.items() for p, errors in props.items()})
+        return {
+            "splits": {kind: evaluation.rows() for kind, evaluation in found.items()},
+            "found": judges.judge(others, loaded, cell.asked),
+            "plan": loaded.spec.provenance.get("plan_fingerprint", ""),
+        }
 
     def _has_checkpoint(self, training: str) -> bool:
         return (self._run(training) / "checkpoints" / "latest").exists()

@@ -43,3 +43,23 @@ def test_keys_and_holdout_are_in_the_file(name: str) -> None:
     marked = {frame.info[source.group_key] for frame in frames if frame.info.get("holdout")}
     assert not marked or marked == held_out
     assert config.cutoffs == [5.0]
+
+
+def test_solids_hold_out_single_frames() -> None:
+    """The split of every structure of configs/data/solids.yaml that is not drawn, by what its name says."""
+    config = load(DataConfig, ROOT / "configs" / "data" / "solids.yaml")
+    frames = {}
+    for source in config.sources:
+        assert source.group_key == source.frame_key
+        assert isinstance(source.path, str)
+        for frame in iread(ROOT / "configs" / "data" / source.path):
+            frames[frame.info["frame_id"]] = frame.info
+    split_of = {name: split for split, names in config.splits.holdout.items() for name in names}
+    assert sum(len(names) for names in config.splits.holdout.values()) == len(split_of) == 19 + 26 + 24
+    assert set(split_of) < set(frames)
+    ends = {"MgO", "CaO", "AlP", "BP"}
+    held = {n for n, info in frames.items() if info.get("holdout") or info.get("compound") in ends}
+    assert held == {n for n, split in split_of.items() if split in ("uncovered", "ood")}
+    ideal = {n for n, info in frames.items() if info.get("ideal")}
+    assert ideal - {n for n, split in split_of.items() if split in ("ideal", "ood")} == {"alloy-rocksalt-NaKCl-0-0"}
+    assert {n for n, split in split_of.items() if split == "ideal"} < ideal

@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 
 from mffm.config.recipe import PlanConfig
+from mffm.data import pools as pools_module
 from mffm.data.permutation import mix, permute
 from mffm.data.plan import Cursor, Plan, Pool, build_pools
 from mffm.errors import InputError
 from mffm.fidelity import Fidelity, FidelityTable
+from mffm.keys import N_ELEMENTS
 
 
 def plan_pool(
@@ -408,6 +410,13 @@ class ArrayStore:
     def label_counts(self, split=None):
         return {"pbe": {"energy": 1}}
 
+    def composition(self, rows):
+        """Hydrogen in all, one of 12 other elements in each: the last in one frame of 40 only."""
+        counts = np.zeros((len(rows), N_ELEMENTS + 1), int)
+        counts[:, 1] = 2
+        counts[np.arange(len(rows)), np.where(np.asarray(rows) % 40 == 0, 13, 2 + np.asarray(rows) % 11)] = 1
+        return counts
+
 
 def pools_of(*entries, store=None):
     config = PlanConfig(pools=list(entries), edge_budget=10_000)
@@ -446,6 +455,27 @@ def test_max_frames_is_nested_and_the_same_for_all_fidelities_with_a_seed():
     store._has["cc", "energy"][:] = True
     pbe, cc = pools_of({"fidelity": "pbe", "max_frames": 30}, {"fidelity": "cc", "max_frames": 30}, store=store)
     assert np.array_equal(pbe.rows, cc.rows)
+
+
+def test_elements_first_knows_every_element_with_few_frames(monkeypatch):
+    monkeypatch.setattr(pools_module, "_CHUNK", 7)
+    store = ArrayStore()
+
+    def chosen(n, first=True, seed=0):
+        (pool,) = pools_of({"fidelity": "pbe", "max_frames": n, "elements_first": first, "seed": seed}, store=store)
+        return pool.rows
+
+    def n_elements(rows):
+        return int((store.composition(rows).sum(0) > 0).sum())
+
+    for seed in range(3):
+        assert n_elements(chosen(12, seed=seed)) == 13, "12 elements beside hydrogen, a frame each"
+        assert set(chosen(5, seed=seed)) < set(chosen(12, seed=seed)) < set(chosen(50, seed=seed))
+    assert n_elements(chosen(12, first=False)) < 13
+    by_hash = chosen(40, first=False)
+    assert len(set(by_hash) & set(chosen(52))) == 40, "the rest is that of the hash"
+    everything = chosen(10_000)
+    assert np.array_equal(everything, chosen(10_000, first=False))
 
 
 @pytest.mark.parametrize(

@@ -111,7 +111,7 @@ def compared(molecule_store: Path) -> Callable[..., dict[str, Any]]:
             factor = factors.get((cell.method, cell.n_high, cell.seed), 1.0)
             frames = FrameErrors(rows, factor * difficulty, np.ones(len(rows), int))
             both = {("iid", "energy"): frames, ("iid", "forces"): frames}
-            judged.append(Judged(cell, {}, {}, 0.0, 0.0, 4, "", both, []))
+            judged.append(Judged(cell, {}, {}, {}, 0.0, 0.0, 4, "", both, []))
         found = not_worse(Grid(study, store, {}, cells), judged)
         assert found is not None
         return found

@@ -252,7 +252,7 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
         {"tune": {"loss.energy.weight": [1.0, 2.0]}}, r"val/loss \(train.best\) cannot choose between them"
     ),
     "refit with trials": (
-        {"methods": {**METHODS, "x": {"refit": "low", "tune": {"optim.lr": [1.0]}}}}, "start_from, fidelity, plus and tune"
+        {"methods": {**METHODS, "x": {"refit": "low", "tune": {"optim.lr": [1.0]}}}}, "plus and tune"
     ),
     "no base recipe": ({"recipe": "none.yaml"}, "none.yaml: no such file"),
 }  # fmt: skip
