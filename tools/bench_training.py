@@ -320,7 +320,9 @@ def curves(dataset: str, log: Path, key: str) -> dict[str, list[tuple[list[float
     """Return entry → (CPU minutes, errors, whether it is over; means over seeds) for every length of schedule."""
     found: dict[str, list[tuple[list[float], list[float], bool]]] = {}
     known = rows(dataset, log)
-    for entry, minutes in sorted({(r["peer"], r["minutes"]) for r in known}):
+    order = list(ENTRIES[dataset])
+    pairs = {(r["peer"], r["minutes"]) for r in known}
+    for entry, minutes in sorted(pairs, key=lambda pair: (order.index(pair[0]), pair[1])):
         points = [r for r in known if (r["peer"], r["minutes"]) == (entry, minutes)]
         marks = sorted({r["mark"] for r in points})
         times = [float(np.mean([r["cpu_minutes"] for r in points if r["mark"] == m])) for m in marks]
