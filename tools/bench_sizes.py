@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
 
@@ -105,9 +106,9 @@ def roofline() -> tuple[float, float]:
     return max(products), best(2 * 4 * 2.0**26, lambda: y.copy_(x))
 
 
-def make(size: str, store: Path, n_edges: int) -> tuple[Potential, Batch]:
+def make(backbone: dict[str, Any], store: Path, n_edges: int) -> tuple[Potential, Batch]:
     opened = Store(store)
-    config = ModelConfig.model_validate({"backbone": {"size": size, "cutoff": CUTOFF}})
+    config = ModelConfig.model_validate({"backbone": {**backbone, "cutoff": CUTOFF}})
     torch.manual_seed(0)
     potential = Potential(config, [FIDELITY], avg_neighbors=45.0, scale=1.0).train()
     rows = opened.rows(split="train", fidelity=FIDELITY)
@@ -119,7 +120,7 @@ def make(size: str, store: Path, n_edges: int) -> tuple[Potential, Batch]:
 
 
 def measure(size: str, store: Path, n_edges: int, rounds: int, compiled: bool) -> dict[str, float]:
-    potential, batch = make(size, store, n_edges)
+    potential, batch = make({"size": size}, store, n_edges)
     loss = compiled_loss(potential, batch, FIDELITY) if compiled else None
 
     def step() -> None:

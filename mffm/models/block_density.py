@@ -31,6 +31,12 @@ def block_density(h: Tensor, radial: Tensor, harmonics: Tensor, batch: Blocks) -
     return _Density.apply(h, radial, harmonics, batch)
 
 
+def stored(x: Tensor) -> Tensor:
+    """Return x; a compiler keeps it in memory and does not compute it again in each loop that reads it."""
+    x = x.contiguous()
+    return x.as_strided(x.shape, x.stride())
+
+
 class _Slots:
     """What the sums share: the arrays of slots, [n_blocks, width, a, c] or broadcast to it, and the sums back."""
 
@@ -40,24 +46,25 @@ class _Slots:
         self.sign = batch.slots[:, SIGN]
 
     def sent(self, h: Tensor) -> Tensor:
-        rows = h.index_select(0, self.batch.slots[:, SENDER])
+        rows = stored(h).index_select(0, self.batch.slots[:, SENDER])
         return rows.view(self.batch.atom_of_block.shape[0], self.batch.width, -1, self.channels)
 
     def radial(self, radial: Tensor) -> tuple[Tensor, ...]:
         """Return the radial functions of each degree."""
-        rows = radial.index_select(0, self.batch.slots[:, PAIR])
+        rows = stored(radial).index_select(0, self.batch.slots[:, PAIR])
         return rows.view(-1, self.batch.width, radial.shape[1], 1, self.channels).unbind(2)
 
-    def harmonics(self, harmonics: Tensor) -> list[Tensor]:
+    def harmonics(self, harmonics: Tensor) -> tuple[Tensor, ...]:
         """Return each harmonic; those of odd degree change sign with the direction."""
-        rows = harmonics.index_select(0, self.batch.slots[:, PAIR])
-        columns = rows.view(-1, self.batch.width, harmonics.shape[1], 1, 1).unbind(2)
-        sign = self.sign.to(rows.dtype).view(-1, self.batch.width, 1, 1)
-        return [columns[m] * sign if degree % 2 else columns[m] for degree, ms in enumerate(self.orders) for m in ms]
+        rows = stored(harmonics).index_select(0, self.batch.slots[:, PAIR])
+        sign = self.sign.to(rows.dtype).unsqueeze(1)
+        degrees = rows.split([len(ms) for ms in self.orders], dim=1)
+        signed = stored(torch.cat([y * sign if degree % 2 else y for degree, y in enumerate(degrees)], dim=1))
+        return signed.view(-1, self.batch.width, harmonics.shape[1], 1, 1).unbind(2)
 
     def received(self, x: Tensor) -> tuple[Tensor, ...]:
         """Return the rows of x [n_atoms, (lmax + 1)^2, width] of the receivers, for each harmonic."""
-        rows = x.index_select(0, self.batch.atom_of_block)
+        rows = stored(x).index_select(0, self.batch.atom_of_block)
         return rows.view(rows.shape[0], 1, x.shape[1], -1, self.channels).unbind(2)
 
     def to_atoms(self, parts: Sequence[Tensor]) -> Tensor:
@@ -66,7 +73,7 @@ class _Slots:
 
     def to_senders(self, x: Tensor) -> Tensor:
         """[n_blocks, width, a, c] → [n_atoms, width]: over the slots whose sender an atom is."""
-        rows = x.flatten(0, 1).index_select(0, self.batch.slots[:, OPPOSITE]).view_as(x)
+        rows = stored(x).flatten(0, 1).index_select(0, self.batch.slots[:, OPPOSITE]).view_as(x)
         return self.batch.atom_sums(rows.sum(1)).flatten(1)
 
     def to_pairs(self, x: Tensor) -> Tensor:

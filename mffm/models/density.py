@@ -24,11 +24,13 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from mffm.batch import Batch
+from mffm.blocks import Blocks
 from mffm.config.model import DensityConfig
 from mffm.errors import InputError
 from mffm.keys import N_ELEMENTS
 from mffm.models.angular import Constant, coupling, natural_paths, spherical_harmonics
 from mffm.models.contraction import Bilinear, Square
+from mffm.models.couple import Couplings, SquareCouplings
 from mffm.models.density_sum import density_sum
 from mffm.models.recompute import recomputed
 
@@ -39,6 +41,9 @@ SILU_GAIN = 1.679
 # and is linear in what is small, so a degree that vanishes by symmetry, or the density of an atom whose last neighbor
 # leaves, is not blown up to unit size (which would make energies steep and Hessians wrong there).
 NORM_FLOOR = 0.1
+
+# Up to here a compiled step writes out the sums of a coupling (see ``couple``); at lmax 4 they have thousands of terms.
+FUSED_LMAX = 3
 
 MAX_CHARGE, MAX_SPIN = 20, 20  # e; multiplicity
 
@@ -197,6 +202,11 @@ def by_degree(rows: Tensor, n_paths: Sequence[int]) -> list[Tensor]:
     ]
 
 
+def parts(n_paths: Sequence[int]) -> list[tuple[int, int]]:
+    """Return ``couple``'s parts of features by degree, [2l + 1, N, n_paths * C]."""
+    return [(2 * degree + 1, n) for degree, n in enumerate(n_paths)]
+
+
 class Products(nn.Module):
     """The density times itself, channel by channel, up to ``body_order``; linear maps to the degrees ≤ ``l_out``."""
 
@@ -208,30 +218,37 @@ class Products(nn.Module):
         self.square_linear: DegreeLinear | None = None
         self.cube_linear: DegreeLinear | None = None
         self._cube: Bilinear | None = None
+        factor = parts([1] * (lmax + 1))
         if body_order > 2:
             l_square = lmax if body_order > 3 else l_out
             tensor, self._square_paths = path_tensor(lmax, lmax, l_square, symmetric=True)
             self._square = Square(tensor)
+            self._fused_square = SquareCouplings(tensor, parts(self._square_paths), factor)
             inputs = [n * channels for n in self._square_paths]
             to = [channels] * (l_square + 1)
             self.square_linear = DegreeLinear(inputs, to, gain if body_order == 3 else 1.0, bias=False)
         if body_order > 3:
             tensor, self._cube_paths = path_tensor(lmax, lmax, l_out)
             self._cube = Bilinear(tensor)
+            self._fused_cube = Couplings(tensor, parts(self._cube_paths), factor, factor)
             inputs = [(n + 1) * channels for n in self._cube_paths]
             self.cube_linear = DegreeLinear(inputs, out, gain, bias=False)
 
-    def forward(self, x: list[Tensor], onto: list[Tensor | None]) -> list[Tensor]:
+    def forward(self, x: list[Tensor], onto: list[Tensor | None], fused: bool = False) -> list[Tensor]:
+        """Return the products, added to ``onto`` where given; ``fused``: for a compiler (see ``couple``)."""
         out = self.linear(x)
         if self.square_linear is not None:
-            packed = torch.cat(x)
-            squares = by_degree(self._square(packed), self._square_paths)
+            packed = None if fused else torch.cat(x)
+            squares = self._fused_square(x) if packed is None else by_degree(self._square(packed), self._square_paths)
             if self.cube_linear is None:
                 out = self.square_linear(squares, out)
             else:
                 assert self._cube is not None
                 y = self.square_linear(squares)
-                cubes = by_degree(self._cube(torch.cat(y), packed), self._cube_paths)
+                if packed is None:
+                    cubes = self._fused_cube(y, x)
+                else:
+                    cubes = by_degree(self._cube(torch.cat(y), packed), self._cube_paths)
                 out = self.cube_linear([torch.cat(pair, dim=-1) for pair in zip(y, cubes, strict=False)], out)
         return [y if h is None else y + h for y, h in zip(out, onto, strict=True)]
 
@@ -277,7 +294,9 @@ class Layer(nn.Module):
         n_radial, gain = (config.radial_hidden, SILU_GAIN) if config.radial_hidden else (config.n_radial, 1.0)
         self.radial = normal_parameter(n_radial, (lmax + 1) * c_edge, fan_in=n_radial, gain=gain)
         tensor, self._paths = path_tensor(lmax, l_in, lmax)
-        self._couple = Constant(tensor.reshape(len(tensor), -1) / sqrt(max(avg_neighbors, 1e-3)))
+        matrix = tensor.reshape(len(tensor), -1) / sqrt(max(avg_neighbors, 1e-3))
+        self._couple = Constant(matrix)
+        self._fused_couple = Couplings(matrix[:, :, None], parts(self._paths), [(1, matrix.shape[1])])
         # Neighbors of one kind add up coherently: half the gain keeps densities, and their squares, of the order of 1.
         self.receive = DegreeLinear([n * c_edge for n in self._paths], [c] * (lmax + 1), gain=0.5)
         self.gate = DegreeLinear([c], [c * (lmax + 1)], gain=0.3)
@@ -286,15 +305,20 @@ class Layer(nn.Module):
         self.products = Products(lmax, self._l_products, c, config.body_order)
         self.feed_forward = FeedForward(l_out, c, config.ff_expansion)
 
-    def density(self, sent: list[Tensor], basis: EdgeBasis, batch: Batch) -> Tensor:
-        """Return the coupled density, [rows, n_atoms, edge_channels] in the order of ``path_tensor``."""
+    def _fused(self, batch: Batch) -> bool:
+        return isinstance(batch, Blocks) and self._lmax <= FUSED_LMAX
+
+    def density(self, sent: list[Tensor], basis: EdgeBasis, batch: Batch) -> list[Tensor]:
+        """Return the coupled density by degree, [2l + 1, n_atoms, n_paths * edge_channels]."""
         n_atoms = sent[0].shape[1]
         senders = torch.cat(sent).transpose(0, 1).reshape(n_atoms, -1)
         radial = (basis.radial @ self.radial).view(-1, self._lmax + 1, self._c_edge)
         sums = density_sum(senders, radial, basis.harmonics, batch)
+        if self._fused(batch):
+            return self._fused_couple([sums.view(1, n_atoms, -1)])
         uncoupled = sums.view(n_atoms, -1, self._c_edge).transpose(0, 1)
         coupled = self._couple.like(radial) @ uncoupled.reshape(-1, n_atoms * self._c_edge)
-        return coupled.view(-1, n_atoms, self._c_edge)
+        return by_degree(coupled.view(-1, n_atoms, self._c_edge), self._paths)
 
     def forward(
         self, h: list[Tensor], basis: EdgeBasis, batch: Batch, modulations: Mapping[str, Modulation], prefix: str
@@ -302,11 +326,12 @@ class Layer(nn.Module):
         u = self.norm(h)
         sent = self.send(u)
         sent[0] = modulated(sent[0], modulations.get(f"{prefix}.send"))
-        x = self.receive(by_degree(self.density(sent, basis, batch), self._paths))
+        x = self.receive(self.density(sent, basis, batch))
         x[0] = modulated(x[0], modulations.get(f"{prefix}.receive"))
         gates = self.gate(u[:1])[0].chunk(self._lmax + 1, dim=-1)
         x = [y * gate for y, gate in zip(x, gates, strict=True)]
-        h = self.products(x, [h[degree] if degree <= self._l_in else None for degree in range(self._l_products + 1)])
+        residual = [h[degree] if degree <= self._l_in else None for degree in range(self._l_products + 1)]
+        h = self.products(x, residual, self._fused(batch))
         n = self._l_out + 1
         return [*self.feed_forward(h[:n], modulations.get(f"{prefix}.update")), *h[n:]]
 

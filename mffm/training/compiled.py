@@ -117,6 +117,9 @@ class CompiledStep:
                     return partial(loaded, *constants)
                 shutil.rmtree(folder, ignore_errors=True)
             self.cached = False
+            from mffm.training import lowering
+
+            lowering.register()
             graph, constants = self._traced(parameters, blocks, inputs)
             placeholders = [node.meta["val"] for node in graph.graph.nodes if node.op == "placeholder"]
             with refused_compiler():
@@ -253,14 +256,15 @@ def _symbols(environment: Any, avg_neighbors: float, width: int) -> dict[str, An
 def inductor_options(lmax: int) -> dict[str, Any]:
     """Return Inductor's options.
 
-    An expression that reads more than so many arrays is stored instead of being computed again where it is used: all
-    sums over neighbors are loops of their own (three reads for each order of the highest degree, and the indices),
-    only what the senders receive, which reads every order, is stored.
+    An expression that reads more than so many arrays is stored instead of being computed again where it is used, and
+    one that has come to read more than the second number wherever it is used: all sums over neighbors are loops of
+    their own (three reads for each order of the highest degree, and the indices), what the senders receive, which reads
+    every order, is one loop.
     """
     reads = 3 * (2 * lmax + 1) + 7
     return {
         "realize_reads_threshold": reads,
-        "realize_acc_reads_threshold": reads,
+        "realize_acc_reads_threshold": 3 * (lmax + 1) ** 2 + 2 * (lmax + 1) + 8,
         "realize_opcount_threshold": 600,
         "assert_indirect_indexing": False,  # the indices are made by ``to_blocks``
         "fx_graph_cache": True,
@@ -270,9 +274,9 @@ def inductor_options(lmax: int) -> dict[str, Any]:
 def sources() -> str:
     """Return a hash of the code that a step is traced from."""
     root = Path(__file__).parents[1]
-    files = [*sorted((root / "models").glob("*.py")), *(root / n for n in ("batch.py", "blocks.py", "loss.py"))]
+    others = ("batch.py", "blocks.py", "loss.py", "training/compiled.py", "training/lowering.py")
     digest = hashlib.sha256()
-    for file in [*files, Path(__file__)]:
+    for file in [*sorted((root / "models").glob("*.py")), *(root / name for name in others)]:
         digest.update(file.read_bytes())
     return digest.hexdigest()
 
