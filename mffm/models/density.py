@@ -306,7 +306,8 @@ class Layer(nn.Module):
         self.feed_forward = FeedForward(l_out, c, config.ff_expansion)
 
     def _fused(self, batch: Batch) -> bool:
-        return isinstance(batch, Blocks) and self._lmax <= FUSED_LMAX
+        on_cpu = batch.edge_vectors.device.type == "cpu"  # on a GPU the loops have not run yet
+        return on_cpu and isinstance(batch, Blocks) and self._lmax <= FUSED_LMAX
 
     def density(self, sent: list[Tensor], basis: EdgeBasis, batch: Batch) -> list[Tensor]:
         """Return the coupled density by degree, [2l + 1, n_atoms, n_paths * edge_channels]."""
