@@ -7,7 +7,7 @@ from typing import Any
 from mffm.keys import REPORT_UNITS
 from mffm.study import judges
 from mffm.study.curves import Bounded
-from mffm.study.tables import table
+from mffm.study.tables import spread, table
 
 KINDS = {"iid": "IID", "ood": "OOD"}
 Summary = Mapping[str, Any]
@@ -80,20 +80,12 @@ def _errors(summary: Summary, panel: str) -> list[str]:
     rows = []
     for name in _ordered(summary, methods):
         at = {p["n_high"]: p for p in methods[name]}
-        rows.append([_title(summary, name), *(_point(at.get(n)) for n in labels)])
+        rows.append([_title(summary, name), *(spread(at.get(n)) for n in labels)])
     unit = REPORT_UNITS[prop][0]
     return [
         f"### {KINDS[kind]} {prop}, MAE in {unit}", "",
         *table([f"`{summary['high']}` frames", *(str(n) for n in labels)], rows),
     ]  # fmt: skip
-
-
-def _point(point: Mapping[str, Any] | None) -> str:
-    if point is None:
-        return ""
-    if point["seeds"] == 1:
-        return f"{point['mean']:.4g}"
-    return f"{point['mean']:.4g} ({point['least']:.4g} to {point['most']:.4g})"
 
 
 def _factors(summary: Summary) -> list[str]:
