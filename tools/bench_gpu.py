@@ -138,8 +138,8 @@ def steps(backbone: str, sizes: list[int], rounds: int, profile: bool, compiled:
                 assert worst < (1e-4 if precision == "highest" else 1e-2), f"compiled gradients differ by {worst:.1e}"
                 name = ("float32" if precision == "highest" else "tf32") + (", compiled" if kind else "")
                 print(row(name, step, potential, host, rounds, peak_flops), flush=True)
-        if compiled:
-            print(f"\n{function.summary()}" if function else "")
+        if function is not None:
+            print(f"\n{function.summary()}")
         if profile:
             with torch.profiler.profile(activities=list(torch.profiler.supported_activities())) as found:
                 step()
