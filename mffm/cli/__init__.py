@@ -1,0 +1,57 @@
+"""The command line, a file for each group of commands.
+
+Heavy parts are imported by the command that needs them: ``mffm --help`` answers at once.
+"""
+
+from typing import Annotated
+
+import typer
+
+from mffm import __version__
+from mffm.cli import cluster, config, data, evaluation, release, study, training
+from mffm.cli.output import complain
+from mffm.errors import InputError, told
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Train interatomic potentials on labels of several levels of theory.",
+)
+
+COMMANDS = (  # in the order of ``mffm --help``
+    data.ingest,
+    data.edges,
+    data.difference,
+    data.verify,
+    data.references,
+    training.train,
+    training.resume,
+    training.replay,
+    evaluation.evaluate,
+    study.study,
+    release.release,
+    cluster.runs,
+    cluster.selftest,
+)
+for command in COMMANDS:
+    app.command()(command)
+app.add_typer(config.app, name="config")
+
+
+@app.callback(invoke_without_command=True)
+def _root(version: Annotated[bool, typer.Option("--version", help="show the version")] = False) -> None:
+    if version:
+        typer.echo(f"mffm {__version__}")
+        raise typer.Exit
+
+
+def main() -> None:
+    """Run the command line; bad input is one message and exit code 2."""
+    try:
+        app()
+    except (InputError, UnicodeDecodeError, OSError) as error:
+        message = told(error)
+        if message is None:
+            raise
+        complain(message)

@@ -1,0 +1,63 @@
+"""Errors of a potential: evaluate."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from mffm.cli.output import console
+
+
+def evaluate(
+    potential: Annotated[Path, typer.Argument(help="folder of a run or a release")],
+    split: Annotated[str, typer.Option(help="split of the store")] = "test",
+    store: Annotated[Path | None, typer.Option(help="store; the one the run was trained on where not given")] = None,
+    fidelity: Annotated[
+        list[str] | None, typer.Option(help="fidelity to compare with; may be given several times")
+    ] = None,
+    weights: Annotated[str, typer.Option(help="of a run: best, best-<fidelity>, last, raw")] = "best",
+    output: Annotated[
+        Path | None, typer.Option(help="folder for the JSON and the plot; the run's or release's own where not given")
+    ] = None,
+) -> None:
+    """Measure errors per fidelity and property on a split; write JSON and a parity plot."""
+    from mffm.data.store import Store
+    from mffm.distributed import tune_allocator
+    from mffm.evaluate import parity
+    from mffm.release import NOT_CONSERVATIVE, load
+
+    tune_allocator()
+    loaded = load(potential, weights)
+    path = store or Path(loaded.spec.provenance.get("recipe", {}).get("data", {}).get("store", ""))
+    opened = Store(path)
+    result = parity.evaluate(loaded, opened, split, fidelity)
+    report, figure = parity.write(result, loaded, opened, output or potential)
+    console.print(_errors_table(f"{potential} on {split}", result.rows()))
+    for name, count in result.unreferenced.items():
+        console.print(
+            f"{name}: {count} energies left out, their elements have no references at this fidelity", highlight=False
+        )
+    if result.without_stress:
+        console.print(
+            f"{result.without_stress} stresses left out: direct forces without a stress head", highlight=False
+        )
+    if not loaded.potential.is_conservative:
+        console.print(NOT_CONSERVATIVE, highlight=False)
+    console.print(f"{report}\n{figure}", highlight=False)
+
+
+def _errors_table(title: str, rows: "list[dict]") -> Table:
+    table = Table("fidelity", "property", "MAE", "RMSE", "R²", "unit", "systems", title=title)
+    for row in rows:
+        r2 = "" if row["r2"] is None else f"{row['r2']:.4f}"
+        table.add_row(
+            row["fidelity"],
+            row["property"],
+            f"{row['mae']:.1f}",
+            f"{row['rmse']:.1f}",
+            r2,
+            row["unit"],
+            str(row["n_systems"]),
+        )
+    return table
