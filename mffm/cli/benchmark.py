@@ -39,6 +39,7 @@ def benchmark(
     limit: Annotated[
         int | None, typer.Option(min=1, help="structures of each task; a larger number contains a smaller")
     ] = None,
+    structure: Annotated[list[str] | None, typer.Option(help="only this one, by its id; several times")] = None,
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="compute again what failed")] = False,
     corrected_energies: Annotated[
         bool, typer.Option("--corrected-energies", help="trained on MP2020-corrected energies, as CHGNet")
@@ -72,6 +73,7 @@ def benchmark(
         workers or len(os.sched_getaffinity(0)),
         time_limit,
         limit,
+        structure or (),
         retry_failed,
         Options(corrected_energies, kappa_displacement),
     )

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from mffm import plots
-from mffm.errors import InputError
+from mffm.errors import InputError, known
 from mffm.evaluate.benchmark import suites
 from mffm.evaluate.benchmark.pool import Record, Work, compute
 from mffm.evaluate.benchmark.source import Source
@@ -36,6 +36,7 @@ class Settings:
         workers: processes, one thread each.
         time_limit: seconds a structure.
         limit: only so many structures of each task, chosen by a hash of their ids: a larger number contains a smaller.
+        structures: only these, of the tasks that have them; before ``limit``.
         retry_failed: compute again what failed before.
     """
 
@@ -43,6 +44,7 @@ class Settings:
     workers: int = 1
     time_limit: float = 3600.0
     limit: int | None = None
+    structures: Sequence[str] = ()
     retry_failed: bool = False
     options: Options = field(default_factory=Options)
 
@@ -92,7 +94,7 @@ def run_task(source: Source, name: str, settings: Settings, folder: Path, progre
     place = folder / name
     place.mkdir(parents=True, exist_ok=True)
     items = task.load(settings.data)
-    chosen = subset(list(items), settings.limit)
+    chosen = subset(_named(items, settings.structures, name), settings.limit)
     with locked(place / "lock"):
         _agree(place / "identity.json", _identity(source, task, settings))
         records = _read(place / "structures.jsonl", settings.retry_failed)
@@ -121,6 +123,15 @@ def subset(ids: Sequence[str], limit: int | None) -> list[str]:
         return list(ids)
     chosen = set(sorted(ids, key=lambda i: hashlib.sha256(i.encode()).digest())[:limit])
     return [i for i in ids if i in chosen]
+
+
+def _named(items: Mapping[str, Any], wanted: Sequence[str], task: str) -> list[str]:
+    unknown = [i for i in wanted if i not in items]
+    if unknown:
+        raise InputError(
+            f"{task} has no structure {unknown[0]!r}; its {len(items)} begin with {known(list(items)[:5])}"
+        )
+    return list(wanted or items)
 
 
 def _identity(source: Source, task: Task, settings: Settings) -> dict[str, Any]:

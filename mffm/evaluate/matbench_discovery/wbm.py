@@ -8,9 +8,9 @@ import gzip
 import json
 import math
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -43,16 +43,16 @@ class Material:
     """One crystal of the test set.
 
     Attributes:
-        start: the structure that relaxations start from.
+        structures: returns the structure that relaxations start from, and DFT's as a pymatgen dict; they are read when
+            asked for, as 257 thousand do not fit every worker.
         e_form: label, eV/atom, with MP2020 corrections.
-        relaxed: DFT's structure, a pymatgen dict.
+        references: element → energy, eV/atom.
         e_above_hull: label, eV/atom; NaN where the set has no hull.
         is_unique: one of the unique prototypes.
     """
 
-    start: Atoms
+    structures: Callable[[], tuple[Atoms, dict[str, Any]]]
     e_form: float
-    relaxed: dict[str, Any]
     references: Mapping[str, float]
     e_above_hull: float = math.nan
     is_unique: bool = True
@@ -63,7 +63,8 @@ def compute(material: Material, calculator: BaseCalculator, options: Options) ->
     from pymatgen.core import Structure
     from pymatgen.io.ase import AseAtomsAdaptor
 
-    found = relax(material.start, calculator, FMAX, STEPS)
+    start, reference = material.structures()
+    found = relax(start, calculator, FMAX, STEPS)
     structure = AseAtomsAdaptor.get_structure(
         Atoms(found.atoms.symbols, found.atoms.positions, cell=found.atoms.cell, pbc=True)
     )
@@ -77,7 +78,7 @@ def compute(material: Material, calculator: BaseCalculator, options: Options) ->
         "n_steps": found.n_steps,
         "structure": structure.as_dict(),
     }
-    label = Structure.from_dict(material.relaxed)
+    label = Structure.from_dict(reference)
     result["rmsd"] = geometry.rmsd(structure, label)
     for symprec in geometry.SYMPRECS:
         both = (geometry.symmetry(s, symprec) for s in (structure, label))
@@ -186,8 +187,12 @@ def _load_972(data: Path) -> dict[str, Material]:
             pbc=True,
         )
         e_form = energies.formation_energy(symbols, entry["corrected_energy"], references)
-        found[entry["material_id"]] = Material(atoms, e_form, structure, references)
+        found[entry["material_id"]] = Material(partial(_both, atoms, structure), e_form, references)
     return found
+
+
+def _both(atoms: Atoms, structure: dict[str, Any]) -> tuple[Atoms, dict[str, Any]]:
+    return atoms, structure
 
 
 class Wbm:
@@ -219,7 +224,7 @@ class Wbm:
     )
 
     def load(self, data: Path) -> Mapping[str, Any]:
-        return Materials(*(data / f.path for f in self.files))
+        return read_whole(*(data / f.path for f in self.files))
 
     def run(self, item: Material, calculator: BaseCalculator, options: Options) -> dict[str, Any]:
         return compute(item, calculator, options)
@@ -266,43 +271,35 @@ class Wbm:
         write(results, list(items), folder)
 
 
-class Materials(Mapping[str, Material]):
-    """The test set, structures read from the archives when asked for: 257 thousand do not fit every worker."""
+def read_whole(summary: Path, initial: Path, relaxed: Path, references: Path) -> dict[str, Material]:
+    """Return the suite's test set from its files; structures are read from the archives when asked for."""
+    energies_of = energies.read_references(references)
+    archives = (zipfile.ZipFile(initial), zipfile.ZipFile(relaxed))
+    with gzip.open(summary, "rt") as file:
+        return {
+            row["material_id"]: Material(
+                partial(_read_both, archives, row["material_id"]),
+                float(row["e_form_per_atom_mp2020_corrected"]),
+                energies_of,
+                float(row["e_above_hull_mp2020_corrected_ppd_mp"]),
+                row["unique_prototype"].lower() == "true",
+            )
+            for row in csv.DictReader(file)
+        }
 
-    def __init__(self, summary: Path, initial: Path, relaxed: Path, references: Path):
-        with gzip.open(summary, "rt") as file:
-            self._rows = {r["material_id"]: r for r in csv.DictReader(file)}
-        self._references = energies.read_references(references)
-        self._archives = (zipfile.ZipFile(initial), zipfile.ZipFile(relaxed))
 
-    def __getitem__(self, key: str) -> Material:
-        from pymatgen.io.ase import AseAtomsAdaptor
+def _read_both(archives: tuple[zipfile.ZipFile, zipfile.ZipFile], key: str) -> tuple[Atoms, dict[str, Any]]:
+    from pymatgen.io.ase import AseAtomsAdaptor
 
-        row = self._rows[key]
-        start, relaxed = (self._read(a, key) for a in self._archives)
-        return Material(
-            start,
-            float(row["e_form_per_atom_mp2020_corrected"]),
-            AseAtomsAdaptor.get_structure(relaxed).as_dict(),
-            self._references,
-            float(row["e_above_hull_mp2020_corrected_ppd_mp"]),
-            row["unique_prototype"].lower() == "true",
-        )
+    start, relaxed = (_read(archive, key) for archive in archives)
+    return start, AseAtomsAdaptor.get_structure(relaxed).as_dict()
 
-    @staticmethod
-    def _read(archive: zipfile.ZipFile, key: str) -> Atoms:
-        try:
-            text = archive.read(f"{key}.extxyz").decode()
-        except KeyError as error:
-            raise InputError(
-                f"{archive.filename}: no {key}.extxyz; its first file is {archive.namelist()[:1]}"
-            ) from error
-        atoms = read(StringIO(text), format="extxyz")
-        assert isinstance(atoms, Atoms)
-        return Atoms(atoms.symbols, atoms.positions, cell=atoms.cell, pbc=True)  # without stored results
 
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._rows)
-
-    def __len__(self) -> int:
-        return len(self._rows)
+def _read(archive: zipfile.ZipFile, key: str) -> Atoms:
+    try:
+        text = archive.read(f"{key}.extxyz").decode()
+    except KeyError as error:
+        raise InputError(f"{archive.filename}: no {key}.extxyz; its first file is {archive.namelist()[:1]}") from error
+    atoms = read(StringIO(text), format="extxyz")
+    assert isinstance(atoms, Atoms)
+    return Atoms(atoms.symbols, atoms.positions, cell=atoms.cell, pbc=True)  # without stored results

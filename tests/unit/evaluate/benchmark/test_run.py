@@ -80,6 +80,15 @@ def test_a_run_is_exact_and_tells_its_subset(data: Path, tmp_path: Path):
         run.run_task(Source("ase:ase.calculators.lj:LennardJones"), NAME, run.Settings(data, limit=5), tmp_path, silent)
 
 
+def test_structures_may_be_named(data: Path, tmp_path: Path):
+    emt = Source("ase:ase.calculators.emt:EMT")
+    done = run.run_task(emt, NAME, run.Settings(data, structures=("PLF-3", "PLF-9")), tmp_path, silent)
+    assert isinstance(done, run.Finished)
+    assert [r.id for r in done.records] == ["PLF-3", "PLF-9"]
+    with pytest.raises(InputError, match=r"binding_energy has no structure 'PLF-99'; its 16 begin with PLF-0, PLF-1"):
+        run.run_task(emt, NAME, run.Settings(data, structures=("PLF-99",)), tmp_path, silent)
+
+
 def test_missing_data_are_named_and_the_task_is_not_run(tmp_path: Path):
     outcome = run.run_task(
         Source("ase:ase.calculators.emt:EMT"), NAME, run.Settings(tmp_path), tmp_path / "out", silent
