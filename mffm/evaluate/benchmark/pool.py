@@ -133,7 +133,7 @@ def _news(worker: _Worker, limit: float) -> Record | None:
     if worker.connection.poll():
         try:
             message = worker.connection.recv()
-        except EOFError:
+        except (EOFError, OSError):  # ended, perhaps within a message
             return _dead(worker, elapsed)
         if message[0] == "ready":
             worker.is_ready = True

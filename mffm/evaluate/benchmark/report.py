@@ -124,14 +124,14 @@ def _published(suite: str, finished: Finished, metric: str) -> list[float | None
 def _aggregates(folder: Path, runs: Runs) -> str:
     """Return the suites' single numbers, for what was run of their own sets, and draw the normalised errors."""
     rows: list[list[Any]] = []
-    spokes: dict[str, dict[str, float]] = {}
+    sets: dict[str, tuple[Mapping[str, Any], Mapping[str, Any]]] = {}
     for label, outcomes in runs.items():
         done = [o for o in outcomes if isinstance(o, Finished) and o.is_whole and o.score.compare]
         metrics = {o.task.name: o.score.metrics for o in done if o.task.suite == LAMBENCH}
         properties = {t: m for t, m in metrics.items() if t in scores.PROPERTY}
         forces = {t: m for t, m in metrics.items() if t in scores.FORCE_FIELD and m["force_rmse"] is not None}
-        spokes[label] = _normalised(forces, properties)
-        rows += [[label, spoke, value] for spoke, value in spokes[label].items()]
+        sets[label] = (forces, properties)
+        rows += [[label, name, value] for name, value in _normalised(forces, properties).items()]
         found = scores.aggregate(forces, properties)
         for what, by_domain in (("properties", found.property_domains), ("force fields", found.force_field_domains)):
             rows += [[label, f"**{d}, {what}**", v] for d, v in by_domain.items() if v is not None]
@@ -143,7 +143,7 @@ def _aggregates(folder: Path, runs: Runs) -> str:
         "LAMBench: 0 is perfect, 1 a dummy that predicts the mean; whole sets only. A domain needs all of its tasks, "
     )
     text += f"M_PC and M_FF all domains.\n\n{table(('run', 'what', 'value'), rows)}"
-    if _draw(folder / "lambench.png", spokes):
+    if _draw(folder / "lambench.png", sets):
         text += "\n\n![normalised errors](lambench.png)"
     return f"## Normalised errors and aggregates\n\n{text}"
 
@@ -154,20 +154,40 @@ def _normalised(forces: Mapping[str, Any], properties: Mapping[str, Any]) -> dic
     return {f"{t} {m}": v for t, parts in errors.items() for m, v in parts.items()}
 
 
-def _draw(path: Path, spokes: Mapping[str, Mapping[str, float]]) -> bool:
-    """Draw the normalised errors that all runs have, with the leaderboard's first models; two spokes are no figure."""
-    names = [n for n in next(iter(spokes.values())) if all(n in s for s in spokes.values())]
-    if len(names) < 3:
-        return False
-    lines = {label: [values[n] for n in names] for label, values in spokes.items()}
-    for model, row in list(published.lambench().items())[:SPOKES_OF]:
-        values = _normalised(row["force_field"], row["property"])
-        lines[model] = [values.get(n, 1.0) for n in names]
-    try:
-        plots.radar(path, [n.replace(" ", "\n") for n in names], lines)
-    except ImportError:
-        return False  # matplotlib comes with mffm[train]
-    return True
+def _spokes(
+    forces: Mapping[str, Any], properties: Mapping[str, Any], by_domain: bool, omol: bool = False
+) -> dict[str, float]:
+    """Return the errors of the domains that are complete, or the mean error of each task."""
+    if by_domain:
+        found = scores.aggregate(forces, properties, omol)
+        parts = {"properties": found.property_domains, "force fields": found.force_field_domains}
+        return {f"{d}\n{what}": v for what, domains in parts.items() for d, v in domains.items() if v is not None}
+    errors: dict[str, list[float]] = {}
+    for name, value in _normalised(forces, properties).items():
+        errors.setdefault(name.partition(" ")[0], []).append(value)
+    return {task: statistics.mean(values) for task, values in errors.items()}
+
+
+def _draw(path: Path, sets: Mapping[str, tuple[Mapping[str, Any], Mapping[str, Any]]]) -> bool:
+    """Draw the domains that all runs have, else their tasks, with the leaderboard's first models.
+
+    Two spokes are no figure.
+
+    Args:
+        sets: run → metrics by task of force fields and of properties.
+    """
+    leaders = list(published.lambench().items())[:SPOKES_OF]
+    for by_domain in (True, False):
+        own = {label: _spokes(*metrics, by_domain) for label, metrics in sets.items()}
+        names = [n for n in next(iter(own.values())) if all(n in s for s in own.values())]
+        if len(names) >= 3:
+            others = {m: _spokes(r["force_field"], r["property"], by_domain, r["supports_omol"]) for m, r in leaders}
+            try:
+                plots.radar(path, names, {m: [s.get(n, 1.0) for n in names] for m, s in {**own, **others}.items()})
+            except ImportError:
+                return False  # matplotlib comes with mffm[train]
+            return True
+    return False
 
 
 def _cps(done: Sequence[Finished]) -> float | None:
