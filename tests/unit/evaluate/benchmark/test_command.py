@@ -46,6 +46,7 @@ def test_a_release_at_two_fidelities(tiny_release: Path, public_data: Path, tmp_
     assert "`lambench/Wiggle150.traj` | absent" in page
 
 
+@pytest.mark.slow
 def test_the_fidelity_of_a_release_must_be_said(tiny_release: Path, public_data: Path, tmp_path: Path):
     with pytest.raises(InputError, match=r"no fidelity given and there is no default.*it has: gfn2, pbe"):
         run(

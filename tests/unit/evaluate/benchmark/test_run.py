@@ -71,6 +71,13 @@ def test_a_run_is_exact_and_tells_its_subset(data: Path, tmp_path: Path):
     assert (done.folder / "structures.jsonl").read_bytes().startswith(before)  # the larger part contains the smaller
     assert {r.id for r in done.records} < {r.id for r in more.records}
 
+    two = tuple(r.id for r in more.records[:2])
+    named = run.run_task(emt, NAME, run.Settings(data, structures=two), tmp_path, silent)
+    assert isinstance(named, run.Finished)
+    assert tuple(r.id for r in named.records) == two
+    with pytest.raises(InputError, match=r"binding_energy has no structure 'PLF-99'; its 16 begin with PLF-0, PLF-1"):
+        run.run_task(emt, NAME, run.Settings(data, structures=("PLF-99",)), tmp_path, silent)
+
     page = report.write(tmp_path, emt.spec, {"potential": [more]}).read_text()
     assert "| MAE | " in page
     assert "8 of 547: not to be compared" in page
@@ -78,15 +85,6 @@ def test_a_run_is_exact_and_tells_its_subset(data: Path, tmp_path: Path):
 
     with pytest.raises(InputError, match=r"has results of potential 'ase:ase.calculators.emt:EMT', this run is of"):
         run.run_task(Source("ase:ase.calculators.lj:LennardJones"), NAME, run.Settings(data, limit=5), tmp_path, silent)
-
-
-def test_structures_may_be_named(data: Path, tmp_path: Path):
-    emt = Source("ase:ase.calculators.emt:EMT")
-    done = run.run_task(emt, NAME, run.Settings(data, structures=("PLF-3", "PLF-9")), tmp_path, silent)
-    assert isinstance(done, run.Finished)
-    assert [r.id for r in done.records] == ["PLF-3", "PLF-9"]
-    with pytest.raises(InputError, match=r"binding_energy has no structure 'PLF-99'; its 16 begin with PLF-0, PLF-1"):
-        run.run_task(emt, NAME, run.Settings(data, structures=("PLF-99",)), tmp_path, silent)
 
 
 def test_missing_data_are_named_and_the_task_is_not_run(tmp_path: Path):

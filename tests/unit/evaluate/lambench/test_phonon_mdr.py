@@ -15,6 +15,7 @@ from mffm.evaluate.lambench import phonon_mdr
 phonopy = pytest.importorskip("phonopy", reason="needs phonopy: pip install 'mffm[properties]'")
 
 
+@pytest.mark.slow
 def test_quantities_of_a_published_file_from_its_own_force_constants(public_data: Path):
     file = public_data / "mdr_phonon_example" / "mp-1000.yaml.bz2"
     content = yaml.load(bz2.decompress(file.read_bytes()), yaml.CSafeLoader)
@@ -29,6 +30,7 @@ def test_quantities_of_a_published_file_from_its_own_force_constants(public_data
     assert found["max_freq"] == pytest.approx(np.max(content["phonon_freq"]) * 47.9924, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_copper_end_to_end(tmp_path: Path):
     folder = tmp_path / "lambench" / "MDR_PBE_phonon"
     folder.mkdir(parents=True)

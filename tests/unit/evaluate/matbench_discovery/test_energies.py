@@ -27,10 +27,10 @@ def symbols(entry: dict[str, Any]) -> list[str]:
 @pytest.mark.parametrize(
     ("file", "mae", "rmse"),
     [
-        ("2022-11-18-megnet-wbm-IS2RE.csv.gz", 0.1315, 0.2062),
-        ("2025-06-20-esnet-wbm-IS2RE.csv.gz", 0.1083, 0.1878),
-        ("voronoi-rf-wbm-IS2RE.csv.gz", 0.1413, 0.2117),
-        ("2024-12-25-alchembert-wbm-IS2RE.csv.gz", 0.1194, 0.1752),
+        pytest.param("2022-11-18-megnet-wbm-IS2RE.csv.gz", 0.1315, 0.2062, marks=pytest.mark.slow),
+        pytest.param("2025-06-20-esnet-wbm-IS2RE.csv.gz", 0.1083, 0.1878, marks=pytest.mark.slow),
+        pytest.param("voronoi-rf-wbm-IS2RE.csv.gz", 0.1413, 0.2117, marks=pytest.mark.slow),
+        pytest.param("2024-12-25-alchembert-wbm-IS2RE.csv.gz", 0.1194, 0.1752, marks=pytest.mark.slow),
         ("eqV2-s-dens-mp-ori.csv.gz", 0.0358, 0.0884),
     ],
 )
@@ -50,8 +50,8 @@ def test_errors_of_stored_predictions(
 def test_corrections_are_those_of_the_published_entries(entries: list[dict[str, Any]]):
     from pymatgen.core import Structure
 
-    # Oxides, fluorides with U, sulfides, halides and metals among the first; every tenth of the others.
-    chosen = [e for e in entries if {"O", "F"} & set(symbols(e))][:25] + entries[::20]
+    # Oxides and fluorides, some with U; every fortieth of all.
+    chosen = [e for e in entries if {"O", "F"} & set(symbols(e))][:15] + entries[::40]
     off, corrected = [], 0
     for entry in chosen:
         structure = Structure.from_dict(entry["structure"])
@@ -60,7 +60,7 @@ def test_corrections_are_those_of_the_published_entries(entries: list[dict[str, 
         corrected += abs(found - entry["energy"]) > 0.01
         if abs(found - entry["corrected_energy"]) > 1e-3 * len(structure):
             off.append(entry["material_id"])
-    assert corrected > 20
+    assert corrected > 12
     assert off == []
 
 

@@ -9,9 +9,9 @@ core = pytest.importorskip("pymatgen.core", reason="needs pymatgen: pip install 
 
 
 def rock_salt(a: float = 5.6, shift: float = 0.0):
-    structure = core.Structure.from_spacegroup(
-        "Fm-3m", core.Lattice.cubic(a), ["Na", "Cl"], [[0, 0, 0], [0.5, 0.5, 0.5]]
-    )
+    sodium = [[0, 0, 0], [0, 0.5, 0.5], [0.5, 0, 0.5], [0.5, 0.5, 0]]
+    chlorine = [[x + 0.5, y, z] for x, y, z in sodium]
+    structure = core.Structure(core.Lattice.cubic(a), ["Na"] * 4 + ["Cl"] * 4, sodium + chlorine)
     structure.translate_sites([0], [shift, 0, 0], frac_coords=False)
     return structure
 
