@@ -251,3 +251,22 @@ def against_composition(
     figure.legend(list(handles.values()), list(handles), loc="outside upper center", ncols=2, frameon=False, fontsize=8)
     figure.savefig(path)
     plt.close(figure)
+
+
+def radar(path: Path, axes_names: Sequence[str], lines: Mapping[str, Sequence[float]]) -> None:
+    """Write one radar plot of values from 0 (centre) to 1: a line for each name, a spoke for each axis."""
+    plt = _pyplot()
+    angles = np.linspace(0, 2 * np.pi, len(axes_names), endpoint=False)
+    figure, axis = plt.subplots(figsize=(5.2, 4.6), subplot_kw={"projection": "polar"}, layout="constrained")
+    for i, (name, values) in enumerate(lines.items()):
+        style = ("-", "--", ":")[i // len(COLORS) % 3]
+        axis.plot(
+            [*angles, angles[0]], [*values, values[0]], style, color=COLORS[i % len(COLORS)], linewidth=1.4, label=name
+        )
+    axis.set_xticks(angles, axes_names)
+    axis.set_ylim(0, 1)
+    axis.set_yticks([0.25, 0.5, 0.75, 1.0])
+    axis.tick_params(axis="y", labelsize=7, labelcolor=COLORS[5])
+    figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=8)
+    figure.savefig(path)
+    plt.close(figure)

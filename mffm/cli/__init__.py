@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from mffm import __version__
-from mffm.cli import cluster, config, data, evaluation, release, study, training
+from mffm.cli import benchmark, cluster, config, data, evaluation, release, study, training
 from mffm.cli.output import complain
 from mffm.errors import InputError, told
 
@@ -29,6 +29,7 @@ COMMANDS = (  # in the order of ``mffm --help``
     training.resume,
     training.replay,
     evaluation.evaluate,
+    benchmark.benchmark,
     study.study,
     release.release,
     cluster.runs,
