@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 from ase import Atoms
-from ase.build import add_adsorbate, bulk, fcc111
+from ase.build import add_adsorbate, bulk, fcc111, molecule
 from ase.calculators.emt import EMT
 from ase.calculators.singlepoint import SinglePointCalculator
 from ase.io import write
@@ -113,11 +113,16 @@ def test_drift_has_the_suites_factor_and_drops_the_first_fifth():
     assert nve_md.drift(energies, 100, n_atoms=4) == pytest.approx(0.1 / 4 * 10.18, rel=1e-3)
 
 
-def test_nve_runs_a_shipped_molecule(monkeypatch: pytest.MonkeyPatch):
+def test_nve_runs_a_molecule(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     monkeypatch.setattr(nve_md.NveMd, "steps", 200)
-    items = nve_md.TASK.load(Path())
-    assert [len(a) for a in items.values()] == [8, 9, 4, 13, 10, 10, 13, 10, 101]
-    result = nve_md.TASK.run(items["C3N2H5"], EMT(), Options())
+    named = [molecule("CH3CH2OH"), molecule("C4H4NH")]
+    for atoms in named:
+        atoms.info["system"] = str(atoms.symbols)
+    (tmp_path / "lambench").mkdir()
+    write(tmp_path / nve_md.FILE.path, named)
+    items = nve_md.TASK.load(tmp_path)
+    assert list(items) == [str(atoms.symbols) for atoms in named]
+    result = nve_md.TASK.run(items[str(named[1].symbols)], EMT(), Options())
     assert result["energy_range"] < 1  # eV; EMT knows these elements, roughly
     score = nve_md.TASK.score({"a": None, "b": None}, {"a": {"slope": 5e-2}})
     assert score.metrics["M_IS"] == pytest.approx((2 + 5) / 2)
