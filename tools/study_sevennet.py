@@ -211,7 +211,7 @@ def judge(plan: Plan, cell: Cell, name: str, folder: Path) -> dict[str, Any]:
             for kind, split in grid.config.splits.items()
         }
         frames = {(k, p): e for k, evaluation in found.items() for p, e in evaluation.frame_errors(plan.high).items()}
-        write_frames(folder / name / f"n{cell.n_high}-s{cell.seed}.npz", frames)
+        write_frames(external.frames_path(folder, name, cell.n_high, cell.seed), frames)
         errors = {kind: evaluation.rows() for kind, evaluation in found.items()}
         by_judge = {one.name: one.judge(predictor.energies) for one in grid.judges}
         content = {"key": key, "errors": errors, "found": by_judge}
@@ -293,7 +293,7 @@ def main(
         with ThreadPoolExecutor(workers) as pool:
             for cell, _ in zip(cells, pool.map(lambda cell: train(plan, cell), cells), strict=True):
                 print(f"n{cell.n_high}-s{cell.seed}: {plan.minutes(cell):g} CPU minutes trained", flush=True)
-        entries = [judge(plan, cell, name, home) for cell in cells]
+        entries = [judge(plan, cell, name, place) for cell in cells]
     same = f"that of {settings.title(time_of)}, cell by cell" if minutes is None else f"{minutes:g} minutes"
     notes = [
         f"CPU time: {same}, from the first step on, probes and start-up left out.",

@@ -71,7 +71,7 @@ def _curves_note(summary: Summary) -> str:
     if any(m["needs_lf_at_inference"] for m in summary["methods"].values()):
         text += " † needs a low-fidelity calculation for every prediction (broken lines); ranked apart."
     if any(m["external"] for m in summary["methods"].values()):
-        text += " ‡ is another code's training on the same labels; it is in no advice and no verdict."
+        text += " ‡ is another code's training on the same labels; no advice names it."
     return text
 
 

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from mffm import plots
-from mffm.config.external import ExternalResults
 from mffm.executor import machine
 from mffm.keys import REPORT_UNITS
 from mffm.release import code_version, write_json, write_text
@@ -35,17 +34,18 @@ def by_panel(grid: Grid, judged: Sequence[Judged]) -> Errors:
 
 def summarise(
     grid: Grid, judged: Sequence[Judged], gates: Sequence[Gate], failed: Mapping[str, str],
-    others: Sequence[ExternalResults] = (),
+    others: Sequence[external.External] = (),
 ) -> dict[str, Any]:  # fmt: skip
     """Return all that the report says, as JSON.
 
     Args:
-        others: of other codes; in curves, factors and the judges' tables, not in advice or verdict.
+        others: of other codes; in all but the advice.
     """
     config, own = grid.config, by_panel(grid, judged)
-    methods = {name: _method(grid, name) for name in config.methods} | {o.name: external.method(o) for o in others}
+    found = [(o.cell.method, o.cell.n_high, o.cell.seed, o.found) for o in judged]
+    methods = {name: _method(grid, name) for name in config.methods} | {o.name: o.method() for o in others}
     errors = {
-        panel: {**of_methods, **{o.name: found for o in others if (found := external.errors(o, panel))}}
+        panel: {**of_methods, **{o.name: of_other for o in others if (of_other := o.errors(panel))}}
         for panel, of_methods in own.items()
     }
     done = {one.cell.name for one in judged}
@@ -66,12 +66,9 @@ def summarise(
         "failed": dict(failed),
         "curves": {"/".join(panel): _curves(methods) for panel, methods in errors.items()},
         "factors": {"/".join(panel): _factors(grid, methods) for panel, methods in errors.items()},
-        "not_worse": not_worse(grid, judged),
-        "judges": judges.summarise(
-            grid.judges,
-            [*((o.cell.method, o.cell.n_high, o.cell.seed, o.found) for o in judged), *external.judged(others)],
-        ),
-        "cpu_minutes": _cpu(grid, judged) | {o.name: external.cpu_minutes(o) for o in others},
+        "not_worse": not_worse(grid, judged, others),
+        "judges": judges.summarise(grid.judges, [*found, *(cell for o in others for cell in o.judged())]),
+        "cpu_minutes": _cpu(grid, judged) | {o.name: o.cpu_minutes() for o in others},
         "tuning": _tuning(grid, judged),
         "fairness": fairness(grid, judged),
         "gates": [

@@ -217,7 +217,7 @@ class StudyRun:
         last_step = read_json(self._record(cell.training))["last_step"]
         stages = [stage.name for stage in self.grid.stages_of(cell)]
         machines = [m for t in (cell.training, *stages) for m in self._machines(t)]
-        by_frame = _read_frames(frames, errors)
+        by_frame = read_frames(frames, errors)
         return Judged(
             cell, errors, rows, found, own_cpu, stage_cpu, last_step, content["plan"], by_frame, machines
         )  # fmt: skip
@@ -312,7 +312,7 @@ def write_frames(path: Path, frames: Mapping[tuple[str, str], parity.FrameErrors
         raise InputError(f"{path}: cannot be written ({error}); free some space") from error
 
 
-def _read_frames(path: Path, panels: Iterable[tuple[str, str]]) -> dict[tuple[str, str], parity.FrameErrors]:
+def read_frames(path: Path, panels: Iterable[tuple[str, str]]) -> dict[tuple[str, str], parity.FrameErrors]:
     try:
         with np.load(path) as arrays:
             return {

@@ -5,15 +5,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from mffm.config.study import load_study
 from mffm.errors import InputError
+from mffm.evaluate.parity import FrameErrors
 from mffm.keys import REPORT_UNITS
 from mffm.study import external, report
+from mffm.study.compare import not_worse
 from mffm.study.grid import Cell, Grid, expand
 from mffm.study.page import markdown
-from mffm.study.run import Judged
+from mffm.study.run import Judged, write_frames
 
 
 def grid_of(path: Path) -> Grid:
@@ -28,15 +31,22 @@ def rows(energy: float, forces: float) -> list[dict[str, Any]]:
     ]  # fmt: skip
 
 
-def judged(cell: Cell, energy: float, forces: float) -> Judged:
+def frames(grid: Grid, energy: float) -> dict[tuple[str, str], FrameErrors]:
+    """Return errors of every test frame that are the same for all."""
+    there = grid.store.rows(split="test", fidelity="pbe")
+    return {("iid", "energy"): FrameErrors(there, np.full(len(there), energy), np.ones(len(there), np.int64))}
+
+
+def judged(grid: Grid, cell: Cell, energy: float, forces: float) -> Judged:
     errors = {("iid", "energy"): energy, ("iid", "forces"): forces}
-    return Judged(cell, errors, {"iid": rows(energy, forces)}, {}, 60.0, 0.0, 4, "plan", {}, ["a laptop"])
+    of_frames = frames(grid, energy)
+    return Judged(cell, errors, {"iid": rows(energy, forces)}, {}, 60.0, 0.0, 4, "plan", of_frames, ["a laptop"])
 
 
 @pytest.fixture
 def written(make_study: Callable[..., Path]) -> tuple[Grid, Path, dict[str, Any]]:
     """A grid, its folder, and results of another code on one method's cells that are half the errors of hf_only."""
-    path = make_study(seeds=[0])
+    path = make_study(seeds=[0], candidate="hf_only")
     grid, folder = grid_of(path), path.parent / "out"
     cells = [cell for cell in grid.cells if cell.method == "delta"]
     content = {
@@ -56,7 +66,7 @@ def written(make_study: Callable[..., Path]) -> tuple[Grid, Path, dict[str, Any]
 
 def test_results_are_drawn_beside_the_methods(written: tuple[Grid, Path, dict[str, Any]]):
     grid, folder, _ = written
-    ours = [judged(c, 80 / c.n_high, 800 / c.n_high) for c in grid.cells if c.method == "hf_only"]
+    ours = [judged(grid, c, 80 / c.n_high, 800 / c.n_high) for c in grid.cells if c.method == "hf_only"]
     others = external.read(grid, folder)
     summary = report.summarise(grid, ours, [], {}, others)
     assert [p["mean"] for p in summary["curves"]["iid/energy"]["other"]] == pytest.approx([5.0, 2.5])
@@ -75,6 +85,21 @@ def test_results_are_drawn_beside_the_methods(written: tuple[Grid, Path, dict[st
     report.write(grid, summary, folder)
     assert (folder / "learning_curves.png").stat().st_size > 10_000
     assert "‡" not in markdown(report.summarise(grid, ours, [], {}))
+
+
+def test_the_candidate_is_compared_with_it(written: tuple[Grid, Path, dict[str, Any]]):
+    grid, folder, content = written
+    (cell, _) = content["cells"]
+    content = {**content, "cells": [{**cell, "errors": {"iid": rows(40 / 8, 400 / 8)[:1]}}]}
+    (folder / "external" / "other.json").write_text(json.dumps(content))
+    write_frames(external.frames_path(folder, "other", 8, 0), frames(grid, 40 / 8))
+    (other,) = external.read(grid, folder)
+    ours = [judged(grid, c, 80 / c.n_high, 800 / c.n_high) for c in grid.cells if c.method == "hf_only"]
+    found = not_worse(grid, ours, [other])
+    assert found is not None
+    (point,) = found["panels"]["iid/energy"]["other"]
+    assert (point["n_high"], point["ratio"]) == (8, pytest.approx(2.0))
+    assert "Another code, iid energy, 8 frames" in found["verdict"][0]
 
 
 def test_results_of_other_frames_are_refused(written: tuple[Grid, Path, dict[str, Any]]):
