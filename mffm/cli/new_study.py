@@ -47,9 +47,8 @@ def new(
     for row in module.facts(made):
         table.add_row(*row)
     console.print(table)
-    for contents in (made.low, made.high):
-        for note in contents.found.notes:
-            say(f"note: {contents.side.path}: {note}")
+    for note in module.notes(made):
+        say(f"note: {note}")
     say(f"written: {', '.join(str(path) for path in paths)}")
     say(f"{module.n_trainings(made)} trainings of up to {steps} steps; next:")
     for command in made.commands:

@@ -36,6 +36,7 @@ from mffm.release import write_text
 
 FRACTIONS = {"train": 0.7, "val": 0.1, "test": 0.2}
 LEAST_HIGH = 40  # structures with high labels: 28 to train on and 8 to judge by, the least that two methods compare on
+FEW_PAIRS = 20  # structures with both levels, below which the study's gate may have too few for R²
 LEAST_POINT = 8  # labels of the first point of a curve
 LEAST_FORMULAS = 8  # from so many compositions on, some are held out
 HELD_OUT = 0.15  # of the structures with high labels, about
@@ -462,6 +463,23 @@ def facts(new: NewStudy) -> list[tuple[str, str, str]]:
     rows.append(("structures that both have", "", f"{new.n_paired:,}"))
     rows.append(("structures to train on", "", f"{new.n_train:,}"))
     return rows  # type: ignore[return-value]
+
+
+def notes(new: NewStudy) -> list[str]:
+    """Return what the user may want to look at before a start."""
+    found = [f"{c.side.path}: {note}" for c in (new.low, new.high) for note in c.found.notes]
+    low, high = (_elements(sorted(set(c.formulas))) for c in (new.low, new.high))
+    if high - low:
+        found.append(
+            f"{', '.join(sorted(high - low))}: in {new.high.side.path} alone, the cheap level does not know it"
+        )
+    if new.n_paired < FEW_PAIRS:
+        found.append(
+            f"{new.n_paired} structures have both levels: too few to tell how far apart these are, so the study cannot "
+            "refuse a cheap level that says nothing of the expensive one; the same structures have their atoms in the "
+            "same order, unturned and unmoved"
+        )
+    return found
 
 
 def n_trainings(new: NewStudy) -> int:

@@ -97,6 +97,7 @@ def test_energies_alone_of_one_molecule_partly_elsewhere(tmp_path: Path):
     assert found.study["properties"] == ["energy"]
     assert not {"delta_exact", "delta_ml"} & set(found.study["methods"])
     assert len(found.commands) == 2
+    assert not new.notes(found)
     assert expanded(found, tmp_path / "store").cells
 
 
@@ -127,6 +128,19 @@ def test_two_levels_in_one_file(tmp_path: Path):
     found = made(new.Side(path, "--low", "gfn2", low), new.Side(path, "--high", "pbe", high), tmp_path / "mine")
     assert [spec.key for spec in found.high.found.labels.values()] == ["energy_pbe", "forces_pbe"]
     assert found.n_paired == 120
+
+
+def test_notes_of_what_the_files_do_not_share(sides: tuple[new.Side, new.Side], tmp_path: Path):
+    shifted = [atoms.copy() for atoms in SHIPPED[:60]]
+    for atoms, frame in zip(shifted, SHIPPED, strict=False):
+        atoms.positions += 1.0
+        atoms.arrays["forces_pbe"], atoms.info["energy_pbe"] = frame.arrays["forces_pbe"], frame.info["energy_pbe"]
+        atoms.numbers[0] = 9
+    ase.io.write(tmp_path / "moved.xyz", labelled(shifted, "pbe"))
+    found = new.new_study(sides[0], new.Side(tmp_path / "moved.xyz", "--high"), tmp_path / "x", 60, 1)
+    assert found.n_paired == 0
+    assert [note.partition(":")[0] for note in new.notes(found)][0] == "F"
+    assert "0 structures have both levels: too few to tell" in new.notes(found)[1]
 
 
 def test_too_few_labels_are_refused(sides: tuple[new.Side, new.Side], tmp_path: Path):
