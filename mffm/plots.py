@@ -186,9 +186,10 @@ def label_curves(
 
     plt = _pyplot()
     rows = -(-len(panels) // columns)
-    size = (4.2 * columns, 3.3 * rows + 0.6)
-    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
     names = list(dict.fromkeys(name for entries in panels.values() for name in entries))
+    in_a_row = 3 if columns > 1 else 1  # titles of methods are half as long as a panel is wide
+    size = (4.2 * columns, 3.3 * rows + (0.6 if columns > 1 else 0.2 * len(names)))
+    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
     handles: dict[str, Any] = {}
     for axis, (ylabel, entries) in zip(axes.flat, panels.items(), strict=False):
         for name, points in entries.items():
@@ -212,7 +213,7 @@ def label_curves(
     for axis in list(axes.flat)[len(panels) :]:
         axis.set_visible(False)
     figure.legend(
-        list(handles.values()), list(handles), loc="outside upper center", ncols=3, frameon=False, fontsize=8
+        list(handles.values()), list(handles), loc="outside upper center", ncols=in_a_row, frameon=False, fontsize=8
     )  # fmt: skip
     figure.savefig(path)
     plt.close(figure)

@@ -30,13 +30,13 @@ COMMANDS = (  # in the order of ``mffm --help``
     training.replay,
     evaluation.evaluate,
     benchmark.benchmark,
-    study.study,
     release.release,
     cluster.runs,
     cluster.selftest,
 )
 for command in COMMANDS:
     app.command()(command)
+app.add_typer(study.app, name="study")
 app.add_typer(config.app, name="config")
 
 
