@@ -81,7 +81,7 @@ def _run_as_rank(recipe: Recipe, run: Path, resume: bool, ranks: distributed.Ran
     rendezvous_seconds = time.perf_counter() - started
     faults.joined()
     saved = _newest(run / "checkpoints", ranks) if resume else None
-    setup = prepare(recipe, PotentialSpec.read(run / "potential")[0] if saved else None)
+    setup = prepare(recipe, PotentialSpec.read(run / "potential") if saved else None)
     recipe = setup.recipe
     n_microbatches = setup.plan.n_microbatches(ranks.world_size)
     ds_config = deepspeed_config(recipe, ranks, n_microbatches)

@@ -116,7 +116,7 @@ def replay(bundle: Path | str) -> tuple[str, list[Replayed]]:
     bundle = Path(bundle)
     content = read_json(bundle / "bundle.json")
     run = bundle.parent.parent
-    spec, _ = PotentialSpec.read(run / "potential")
+    spec = PotentialSpec.read(run / "potential")
     potential = spec.build()
     potential.load_state_dict(read_weights(bundle / "model.safetensors"))
     potential.eval()

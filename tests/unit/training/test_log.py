@@ -144,7 +144,7 @@ def test_a_missing_package_is_one_message(
 
 
 def test_facts_of_a_run(tiny_run: Path):
-    spec, _ = PotentialSpec.read(tiny_run / "potential")
+    spec = PotentialSpec.read(tiny_run / "potential")
     facts = run_facts(spec, code_version(), n_parameters=5)
     assert facts.config["n_parameters"] == 5
     assert set(facts.config) >= {"version/mffm", "version/torch", "store_fingerprint", "plan_fingerprint"}

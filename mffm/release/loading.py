@@ -1,0 +1,126 @@
+"""From a release, a run or a checkpoint to a potential ready for predictions."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from mffm.config.model import DensityConfig
+from mffm.errors import InputError, known
+from mffm.fidelity import FidelityTable
+from mffm.models.potential import Potential
+from mffm.release import container, outputs
+from mffm.release.container import Contents
+from mffm.release.files import read_json, read_weights, sha256
+from mffm.release.spec import PotentialSpec
+
+NOT_CONSERVATIVE = (
+    "not conservative: forces and stress come from direct heads and are not derivatives of the energy; "
+    "molecular dynamics does not keep the energy, and relaxations and phonons are not consistent with it"
+)
+_OF_CHECKPOINT = {"raw": "model.safetensors", "last": "ema.safetensors"}
+
+
+@dataclass
+class Loaded:
+    """A potential with its weights, ready for predictions.
+
+    Attributes:
+        weights: which ones, of a run; those that a release was made of.
+        weights_sha256: of the file of weights.
+        contents: of a release; None for a run.
+    """
+
+    spec: PotentialSpec
+    potential: Potential
+    path: Path
+    weights: str
+    weights_sha256: str
+    contents: Contents | None = None
+
+    @property
+    def fidelities(self) -> FidelityTable:
+        return self.spec.fidelities
+
+
+def load(
+    path: Path | str, weights: str = "best", device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> Loaded:
+    """Load a release, or the weights of a run or of one of its checkpoints, in eval mode.
+
+    Every file of a release is compared with the manifest, and predictions for two of its structures at every fidelity
+    with the stored ones, in float64 on the CPU; ``mffm inspect --check`` compares all of them.
+
+    Args:
+        weights: of a run: ``best``, ``best-<fidelity>``, ``last`` (moving average) or ``raw``; of a checkpoint
+            (``RUN/checkpoints/step-...``), from training at any ZeRO stage and on any number of ranks: ``raw``, and
+            ``last`` for anything else. A release has one set only.
+
+    Raises:
+        InputError: not a release, run or checkpoint; damaged; changed; newer; or weights that do not fit the
+            configuration.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise InputError(f"{path}: no such release or run")
+    loaded = _load_release(path) if container.is_release(path) else _load_run(path, weights)
+    loaded.potential.to(device=device, dtype=dtype)
+    return loaded
+
+
+def _load_release(path: Path) -> Loaded:
+    contents = container.read(path)
+    spec = PotentialSpec.from_documents(contents.documents, str(path))
+    potential = _built(spec, contents.tensors, str(path if contents.is_single_file else path / container.WEIGHTS))
+    if "outputs.json" in contents.documents:
+        stored = outputs.Outputs.from_dict(contents.documents["outputs.json"], str(path))
+        outputs.require_same(stored, potential, spec, str(path))
+    chosen = str(spec.provenance.get("release", {}).get("weights"))
+    files = contents.manifest.get("files", {})
+    digest = files[container.WEIGHTS]["sha256"] if files else sha256(path / container.WEIGHTS)
+    return Loaded(spec, potential, path, chosen, digest, contents)
+
+
+def _load_run(path: Path, weights: str) -> Loaded:
+    run, file, expected = path, path / "weights" / f"{weights}.safetensors", None
+    if (path / "state.json").is_file():
+        run = path.parent.parent
+        weights = weights if weights in _OF_CHECKPOINT else "last"
+        file = path / _OF_CHECKPOINT[weights]
+        expected = read_json(path / "state.json").get("sha256", {}).get(file.name)
+    if not (run / "potential" / "config.json").is_file():
+        raise InputError(f"{path}: neither a release (config.json) nor a run (potential/config.json)")
+    if not file.is_file():
+        have = known(p.stem for p in (path / "weights").glob("*.safetensors"))
+        raise InputError(f"{path}: the run has no weights {weights!r}; it has: {have}")
+    found = sha256(file)
+    if expected not in (None, found):
+        raise InputError(f"{file}: damaged, its SHA-256 differs from the one written with it")
+    spec = PotentialSpec.read(run / "potential")
+    return Loaded(spec, _built(spec, read_weights(file), str(file)), path, weights, found)
+
+
+def _built(spec: PotentialSpec, state: dict[str, Tensor], place: str) -> Potential:
+    """Return the potential with these weights, which must be all of its own and of no other shape or dtype."""
+    n_numbers = sum(tensor.numel() for tensor in state.values())
+    # Shapes only: a configuration cannot make the loader allocate what no weights fill. fairchem's code wants numbers.
+    with torch.device("meta" if isinstance(spec.model.backbone, DensityConfig) else "cpu"):
+        try:
+            wanted = spec.build().state_dict()
+        except RuntimeError as error:
+            raise InputError(f"{place}: does not fit its config.json, whose sizes no memory holds ({error})") from error
+    differing = sorted(set(state) ^ set(wanted)) or [
+        k for k in wanted if (state[k].shape, state[k].dtype) != (wanted[k].shape, wanted[k].dtype)
+    ]
+    if differing:
+        raise InputError(
+            f"{place}: does not fit its config.json; first differing tensor: {differing[0]} ({n_numbers:,} numbers "
+            "in the file)"
+        )
+    if not all(bool(tensor.isfinite().all()) for tensor in state.values()):
+        name = next(k for k, tensor in state.items() if not bool(tensor.isfinite().all()))
+        raise InputError(f"{place}: {name} has numbers that are not finite; such weights predict nothing")
+    potential = spec.build()
+    potential.load_state_dict(state)
+    return potential.eval().requires_grad_(False)
