@@ -31,6 +31,8 @@ COMMANDS = (  # in the order of ``mffm --help``
     evaluation.evaluate,
     benchmark.benchmark,
     release.release,
+    release.inspect,
+    release.diff,
     cluster.runs,
     cluster.selftest,
 )

@@ -32,7 +32,9 @@ def evaluate(
     path = store or Path(loaded.spec.provenance.get("recipe", {}).get("data", {}).get("store", ""))
     opened = Store(path)
     result = parity.evaluate(loaded, opened, split, fidelity)
-    report, figure = parity.write(result, loaded, opened, output or potential)
+    report, figure = parity.write(
+        result, loaded, opened, output or (potential.parent if potential.is_file() else potential)
+    )
     console.print(_errors_table(f"{potential} on {split}", result.rows()))
     for name, count in result.unreferenced.items():
         console.print(
