@@ -56,6 +56,35 @@ def parity(path: Path, panels: Sequence[Panel], heading: str = "") -> None:
     plt.close(figure)
 
 
+def calibration(path: Path, panels: Mapping[str, tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]]) -> None:
+    """Write one figure, a column for each title: errors against standard deviations above, coverage below.
+
+    Args:
+        panels: title → standard deviations [n] and absolute errors [n], meV/atom; levels [m] and observed coverage [m].
+    """
+    plt = _pyplot()
+    size = (3.4 * len(panels), 6.2)
+    figure, axes = plt.subplots(2, len(panels), figsize=size, squeeze=False, layout="constrained")
+    for (above, below), (title, (stds, errors, levels, observed)) in zip(axes.T, panels.items(), strict=True):
+        shown = np.maximum(errors, 1e-3 * stds.min())  # an exact zero has no place on a logarithmic axis
+        above.scatter(stds, shown, s=5, alpha=0.5, linewidths=0, color=COLORS[0], rasterized=True)
+        ends = np.array([stds.min(), stds.max()])
+        for factor, style, label in ((1.0, "-", "1 σ"), (2.0, "--", "2 σ")):
+            above.plot(ends, factor * ends, style, color="black", linewidth=0.8, label=label)
+        above.set_xscale("log")
+        above.set_yscale("log")
+        above.set_title(title, fontsize=9)
+        above.set_xlabel("standard deviation, meV/atom")
+        above.set_ylabel("absolute error, meV/atom")
+        above.legend(frameon=False, fontsize=8)
+        below.plot([0, 1], [0, 1], color="black", linewidth=0.7)
+        below.plot(levels, observed, color=COLORS[1], linewidth=1.6)
+        below.set_xlabel("expected share inside")
+        below.set_ylabel("observed share inside")
+    figure.savefig(path)
+    plt.close(figure)
+
+
 def learning_curves(axes: Any, curves: Mapping[str, tuple[Sequence[float], Sequence[float]]], ylabel: str) -> None:
     """Draw error against step, one line a run, on a logarithmic axis; a single value is a dashed level."""
     from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter

@@ -1,12 +1,15 @@
 """Errors of a potential: evaluate."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
 
 from mffm.cli.output import console
+
+if TYPE_CHECKING:
+    from mffm.evaluate.calibration import Calibration
 
 
 def evaluate(
@@ -32,9 +35,8 @@ def evaluate(
     path = store or Path(loaded.spec.provenance.get("recipe", {}).get("data", {}).get("store", ""))
     opened = Store(path)
     result = parity.evaluate(loaded, opened, split, fidelity)
-    report, figure = parity.write(
-        result, loaded, opened, output or (potential.parent if potential.is_file() else potential)
-    )
+    folder = output or (potential.parent if potential.is_file() else potential)
+    report, figure = parity.write(result, loaded, opened, folder)
     console.print(_errors_table(f"{potential} on {split}", result.rows()))
     for name, count in result.unreferenced.items():
         console.print(
@@ -47,6 +49,25 @@ def evaluate(
     if not loaded.potential.is_conservative:
         console.print(NOT_CONSERVATIVE, highlight=False)
     console.print(f"{report}\n{figure}", highlight=False)
+    if loaded.contents is not None and loaded.contents.uncertainty:
+        from mffm.evaluate import calibration
+
+        found = calibration.calibrate(loaded, opened, split, fidelity)
+        paths = calibration.write(found, loaded, opened, split, folder)
+        _show_calibration(found)
+        console.print(f"{paths[0]}\n{paths[1]}", highlight=False)
+
+
+def _show_calibration(found: "dict[str, Calibration]") -> None:
+    columns = ("fidelity", "MAE", "mean σ", "unit", "rms of error/σ", "inside 68 %", "inside 95 %", "rank correlation")
+    table = Table(*columns, title="uncertainty of energies")
+    for name, one in found.items():
+        row = one.row()
+        rank = "" if row["rank_correlation"] is None else f"{row['rank_correlation']:.2f}"
+        inside = [f"{100 * row['coverage'][level]:.0f} %" for level in ("0.68", "0.95")]
+        values = (f"{row['mae']:.1f}", f"{row['mean_std']:.1f}", row["unit"], f"{row['rms_of_residual_over_std']:.2f}")
+        table.add_row(name, *values, *inside, rank)
+    console.print(table)
 
 
 def _errors_table(title: str, rows: "list[dict]") -> Table:

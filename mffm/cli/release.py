@@ -11,6 +11,7 @@ from mffm.cli.output import console, say
 from mffm.errors import InputError
 
 if TYPE_CHECKING:
+    from mffm.data.store import Store
     from mffm.release import Loaded
     from mffm.release.outputs import Difference
 
@@ -28,6 +29,12 @@ def release(
     fidelity: Annotated[
         str | None, typer.Option(help="only this one: a plain potential that predicts the same, at no extra cost")
     ] = None,
+    uncertainty: Annotated[
+        bool, typer.Option("--uncertainty", help="fit a last-layer uncertainty of energies, on the training's store")
+    ] = False,
+    store: Annotated[
+        Path | None, typer.Option(help="of --uncertainty; the one the run was trained on where not given")
+    ] = None,
     push: Annotated[str | None, typer.Option(help="upload it to this owner/name of a model hub")] = None,
     pull: Annotated[bool, typer.Option("--pull", help="download SOURCE from a model hub into TARGET")] = False,
     revision: Annotated[str | None, typer.Option(help="of the hub's repository: branch, tag or commit")] = None,
@@ -40,16 +47,24 @@ def release(
         raise InputError(f"mffm release {source}: say where to write it: a folder, or FILE.safetensors")
     if pull:
         assert target is not None
-        if push is not None or fidelity is not None:
-            raise InputError("--pull fetches a release as it is: give --push or --fidelity to a second command")
+        if push is not None or fidelity is not None or uncertainty:
+            raise InputError("--pull fetches a release as it is: give other options to a second command")
         path = hub.pull(source, target, revision)
     elif target is None:
         path = Path(source)
     else:
-        path = save(source, target, weights, fidelity)
+        path = save(source, target, weights, fidelity, _store_of(source, store, weights) if uncertainty else None)
     _show_written(path)
     if push is not None:
         say(f"pushed: {hub.push(path, push, public, revision)}")
+
+
+def _store_of(source: str, store: Path | None, weights: str) -> "Store":
+    from mffm.data.store import Store
+    from mffm.release import load
+
+    data = load(source, weights).spec.provenance.get("recipe", {}).get("data", {})
+    return Store(store or Path(data.get("store", "")), data.get("layers"))
 
 
 def _show_written(path: Path) -> None:

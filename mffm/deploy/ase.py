@@ -22,6 +22,7 @@ from mffm.data.readers.convert import FARTHEST
 from mffm.distributed import tune_allocator
 from mffm.errors import InputError, known
 from mffm.release import NOT_CONSERVATIVE, load
+from mffm.release import uncertainty as last_layer
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
@@ -36,6 +37,8 @@ class Calculator(AseCalculator):
         device: torch device.
         weights: of a run: best, best-<fidelity>, last or raw.
         d3: DFT-D3 to add to a fidelity whose labels have none, with the keys of ``model.d3``: {"functional": "pbe"}.
+        uncertainty: with each result ``energy_std``, the last-layer standard deviation of the energy, eV, of a release
+            that has one (``mffm release --uncertainty``); costs a second forward without derivatives.
 
     Attributes:
         is_conservative: forces are minus the gradient of the energy; not so with direct heads, which a warning says.
@@ -51,6 +54,7 @@ class Calculator(AseCalculator):
         "forces",
         "stress",
         "energies",
+        "energy_std",
     ]
 
     def __init__(
@@ -61,6 +65,7 @@ class Calculator(AseCalculator):
         device: str | torch.device = "cpu",
         weights: str = "best",
         d3: Mapping[str, Any] | None = None,
+        uncertainty: bool = False,
         **kwargs: Any,
     ):
         super().__init__(**kwargs)
@@ -77,6 +82,7 @@ class Calculator(AseCalculator):
         if not self.is_conservative:
             warnings.warn(f"{release}: {NOT_CONSERVATIVE}", stacklevel=2)
         index = self._loaded.fidelities.index(fidelity)
+        self._last_layer = last_layer.of(self._loaded, fidelity) if uncertainty else None
         self.fidelity, self.device, self.dtype = fidelity, device, DTYPES[dtype]
         self._potential = (
             self._loaded.potential.folded(fidelity).to(device=device, dtype=self.dtype).eval().requires_grad_(False)
@@ -129,6 +135,8 @@ class Calculator(AseCalculator):
             "energies": per_atom.cpu().numpy(),
             "forces": prediction.forces.double().cpu().numpy(),
         }
+        if self._last_layer is not None:
+            self.results["energy_std"] = float(self._last_layer.std(self._potential, batch)[0])
         if has_stress:
             assert prediction.stress is not None
             self.results["stress"] = full_3x3_to_voigt_6_stress(prediction.stress[0].double().cpu().numpy())

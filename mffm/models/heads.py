@@ -111,6 +111,14 @@ class Heads(nn.Module):
             values = values + own(self.correction, features, fidelity_idx, skip)
         return (values.squeeze(-1) if self.n_outputs is None else values) * self.scale
 
+    def last_inputs(self, features: Tensor) -> Tensor:
+        """Return what the last linear map of a shared head takes, for features [n_atoms, n]: [n_atoms, width]."""
+        assert self.config.kind == "shared", "fold the potential to one fidelity first"
+        x = features
+        for weight, bias in list(zip(self.mlp.weights, self.mlp.biases, strict=True))[:-1]:
+            x = F.silu(torch.addmm(bias, x, weight))
+        return x
+
     def _own_rows(self, mlp: Mlp, features: Tensor, fidelity_idx: Tensor, skip: int | None = None) -> Tensor:
         """Return each atom's outputs of its fidelity's MLP, 0 for the fidelity ``skip``."""
         order = torch.argsort(fidelity_idx, stable=True)

@@ -168,6 +168,16 @@ class Potential(nn.Module):
         if isinstance(self.learned.backbone, DensityBackbone):
             self.learned.backbone.check(batch)
 
+    @torch.no_grad()
+    def last_inputs(self, batch: Batch) -> Tensor:
+        """Return what the last linear map of the energy head takes, of a folded potential. [n_atoms, width]"""
+        assert self.config.conditioning.kind == "none", "fold the potential to one fidelity first"
+        self.check(batch)
+        own = self.learned
+        if own.direct_heads is None:
+            return own.heads.last_inputs(own.backbone(batch, batch.edge_vectors, {}))
+        return own.heads.last_inputs(own.backbone.features(batch, batch.edge_vectors, {})[0][0])
+
     def per_fidelity(self) -> set[str]:
         """Return the names in the state dict whose rows are fidelities."""
         return {f"terms.learned.{name}" for name in self.learned.per_fidelity()}

@@ -6,7 +6,7 @@
     provenance.json          data fingerprints, sources with licences, code version, recipe, base, the release itself
     metrics.json             errors per split, fidelity and property
     outputs.json             reference outputs: predictions for ten structures
-    uncertainty.safetensors  last-layer uncertainty, where it was fitted
+    uncertainty.safetensors  last-layer uncertainty, where it was fitted; uncertainty.json says how
     README.md                the card, generated from the rest
     manifest.json            format version, SHA-256 and size of every other file, and of itself
 
@@ -49,7 +49,7 @@ from mffm.release.upgrades import FORMAT_VERSION, Documents, checked_version, up
 
 MANIFEST, CARD = "manifest.json", "README.md"
 WEIGHTS, UNCERTAINTY = "model.safetensors", "uncertainty.safetensors"
-JSON_FILES = (*SPEC_FILES, "metrics.json", "outputs.json")
+JSON_FILES = (*SPEC_FILES, "metrics.json", "outputs.json", "uncertainty.json")
 TEXT_FILES = (*JSON_FILES, CARD)
 TENSOR_FILES = (WEIGHTS, UNCERTAINTY)
 FILES = (*TEXT_FILES, *TENSOR_FILES, MANIFEST)  # all that a release may consist of

@@ -51,6 +51,12 @@ def facts(loaded: Loaded) -> dict[str, str]:
         "licences": ", ".join(sorted({str(s.get("licence")) for s in licence_chain(provenance)})),
         "reference outputs": "" if contents is None else _outputs_fact(loaded),
     }
+    fitted = {} if contents is None else contents.documents.get("uncertainty.json", {}).get("fidelities", {})
+    found["uncertainty"] = "; ".join(
+        f"{name}: {entry['n_training']} systems, calibrated on {entry['n_validation']}"
+        for name, entry in fitted.items()
+        if "alpha" in entry
+    )
     return {name: text for name, text in found.items() if text}
 
 

@@ -4,9 +4,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
+from mffm.data.store import Store
 from mffm.errors import InputError
-from mffm.release import container, outputs
+from mffm.release import container, outputs, uncertainty
 from mffm.release.card import card, licence_chain
 from mffm.release.files import read_json, sha256
 from mffm.release.loading import Loaded, load
@@ -15,7 +17,13 @@ from mffm.release.spec import PotentialSpec, code_version
 _FOLDED_EXACTLY = 1e-10  # eV/atom, eV/Å: in float64 folding reorders sums only
 
 
-def save(run: Path | str, target: Path | str, weights: str = "best", fidelity: str | None = None) -> Path:
+def save(
+    run: Path | str,
+    target: Path | str,
+    weights: str = "best",
+    fidelity: str | None = None,
+    fit_uncertainty_on: Store | None = None,
+) -> Path:
     """Write a release as a folder, or as a single file where the name ends in ``.safetensors``.
 
     Args:
@@ -39,17 +47,21 @@ def save(run: Path | str, target: Path | str, weights: str = "best", fidelity: s
         "licences": sorted({str(s.get("licence")) for s in licence_chain(spec.provenance)}),
     }
     spec.provenance = {**spec.provenance, "release": record}
+    tensors, report = _uncertainty(loaded, fit_uncertainty_on)
     if fidelity is not None:
         loaded = folded(loaded, fidelity)
+        tensors, report = uncertainty.kept(tensors, report, fidelity)
         metrics = {
             split: {**report, "rows": [row for row in report["rows"] if row["fidelity"] == fidelity]}
             for split, report in metrics.items()
         }
     stored = outputs.compute(loaded.potential, loaded.spec)
     documents = {**loaded.spec.documents(), "metrics.json": metrics, "outputs.json": stored.to_dict()}
+    if tensors:
+        documents["uncertainty.json"] = report
     name = target.name.removesuffix(container.SINGLE_SUFFIX)
     text = card(name, target.name, loaded.spec, loaded.potential.n_parameters, metrics)
-    return container.write(target, documents, loaded.potential.state_dict(), text)
+    return container.write(target, documents, loaded.potential.state_dict(), text, tensors)
 
 
 def folded(loaded: Loaded, fidelity: str) -> Loaded:
@@ -104,6 +116,14 @@ def folded(loaded: Loaded, fidelity: str) -> Loaded:
     }
     original.to(before)
     return Loaded(spec, plain.to(before), loaded.path, loaded.weights, loaded.weights_sha256)
+
+
+def _uncertainty(loaded: Loaded, store: Store | None) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    if store is not None:
+        return uncertainty.fit(loaded, store)
+    if loaded.contents is None:
+        return {}, {}
+    return loaded.contents.uncertainty, loaded.contents.documents.get("uncertainty.json", {})
 
 
 def _metrics(run: Path, loaded: Loaded) -> dict[str, Any]:
