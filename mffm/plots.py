@@ -62,17 +62,23 @@ def calibration(path: Path, panels: Mapping[str, tuple[np.ndarray, np.ndarray, n
     Args:
         panels: title → standard deviations [n] and absolute errors [n], meV/atom; levels [m] and observed coverage [m].
     """
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
     plt = _pyplot()
     size = (3.4 * len(panels), 6.2)
     figure, axes = plt.subplots(2, len(panels), figsize=size, squeeze=False, layout="constrained")
     for (above, below), (title, (stds, errors, levels, observed)) in zip(axes.T, panels.items(), strict=True):
-        shown = np.maximum(errors, 1e-3 * stds.min())  # an exact zero has no place on a logarithmic axis
+        shown = np.maximum(errors, 1e-2 * stds.min())  # an exact zero has no place on a logarithmic axis
         above.scatter(stds, shown, s=5, alpha=0.5, linewidths=0, color=COLORS[0], rasterized=True)
         ends = np.array([stds.min(), stds.max()])
         for factor, style, label in ((1.0, "-", "1 σ"), (2.0, "--", "2 σ")):
             above.plot(ends, factor * ends, style, color="black", linewidth=0.8, label=label)
         above.set_xscale("log")
         above.set_yscale("log")
+        for scale in (above.xaxis, above.yaxis):
+            scale.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            scale.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            scale.set_minor_formatter(NullFormatter())
         above.set_title(title, fontsize=9)
         above.set_xlabel("standard deviation, meV/atom")
         above.set_ylabel("absolute error, meV/atom")

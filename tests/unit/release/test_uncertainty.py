@@ -123,7 +123,9 @@ def test_the_calculator_tells_it(release: Path, molecule_store: Path):
         stretched = atoms.copy()
         stretched.calc = atoms.calc
         stretched.positions *= 1.5
-        assert stretched.calc.get_property("energy_std", stretched) > 1.05 * expected  # six steps of training know little
+        assert (
+            stretched.calc.get_property("energy_std", stretched) > 1.05 * expected
+        )  # six steps of training know little
     atoms.calc = Calculator(release, fidelity="pbe")
     with pytest.raises(PropertyNotImplementedError):
         atoms.calc.get_property("energy_std", atoms)
