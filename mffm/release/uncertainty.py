@@ -123,8 +123,11 @@ def fit(loaded: Loaded, store: Store) -> tuple[dict[str, Tensor], dict[str, Any]
         if not len(trained) or len(validation) < MIN_VALIDATION:
             report[name] = {"reason": f"{len(trained)} training and {len(validation)} validation labels of the energy"}
             continue
-        inputs = systems(loaded, store, _spaced(trained, MAX_TRAINING), name)
         judged = systems(loaded, store, _spaced(validation, MAX_VALIDATION), name)
+        if (n := int(np.isfinite(judged.residuals).sum())) < MIN_VALIDATION:
+            report[name] = {"reason": f"{n} validation labels whose elements have references"}
+            continue
+        inputs = systems(loaded, store, _spaced(trained, MAX_TRAINING), name)
         factor, numbers = fit_factor(inputs, judged)
         tensors[f"{name}.factor"] = torch.from_numpy(factor)
         report[name] = {**numbers, "validation_split": recipe.data.validation_split}
