@@ -257,7 +257,7 @@ def test_fuzz_the_values_of_a_forged_release(copy: Path):
             refused += 1
         for name, text in originals.items():
             (copy / name).write_text(text)
-    assert refused > 30
+    assert refused > 15
 
 
 def test_fuzz_version_1(tmp_path: Path):
