@@ -156,7 +156,9 @@ class StudyRun:
         rows = [json.loads(line) for line in (self._run(name) / "metrics.jsonl").read_text().splitlines()]
         metric = self.grid.trainings[name].recipe.train.best
         best = min((row[metric] for row in rows if math.isfinite(row.get(metric, math.nan))), default=None)
-        write_json(self._record(name), {"last_step": rows[-1]["step"], "best": best, "finished": time.time()})
+        write_json(self._record(name), {
+            "last_step": rows[-1]["step"], "best": best, "finished": time.time(), "machine": machine()
+        })  # fmt: skip
 
     def _keep_cpu_time(self) -> None:
         """Add the CPU time of processes that have ended to what earlier sittings used."""
@@ -186,13 +188,15 @@ class StudyRun:
         return sum(known) if used and len(known) == len(used) else None
 
     def _machines(self, name: str) -> list[str]:
-        return [usage.machine for usage in usages(self._run(name))] or [machine()]
+        used = [usage.machine for usage in usages(self._run(name))]
+        return used or [read_json(self._record(name)).get("machine", machine())]
 
     def _judge(self, cell: Cell) -> Judged:
         path = self.folder / "errors" / f"{cell.name}.json"
         # Of differences HF - LF, alone or added to something, the other judges know no energy.
         others = self.grid.judges if cell.fidelity == self.grid.config.high and cell.plus is None else []
-        weights = {name: sha256(self._run(name) / "weights" / "best.safetensors") for name in cell.judged}
+        content = read_json(path) if path.is_file() else {}
+        weights = self._weights(cell, content.get("key", {}))
         key: dict[str, Any] = {
             "weights_sha256": weights[cell.training], "splits": self.grid.config.splits, "fidelity": cell.fidelity,
             "asked": cell.asked, "draw": cell.draw,
@@ -201,7 +205,6 @@ class StudyRun:
             key["plus_weights_sha256"] = weights[cell.plus]
         if others:
             key["judges"] = judges.digests(others)
-        content = read_json(path) if path.is_file() else {}
         frames = path.with_suffix(".npz")
         if content.get("key") != key or not frames.is_file():
             path.unlink(missing_ok=True)  # so that a kill leaves no JSON with the frames of other weights
@@ -224,8 +227,29 @@ class StudyRun:
             cell, errors, rows, found, own_cpu, stage_cpu, last_step, content["plan"], by_frame, machines
         )  # fmt: skip
 
+    def _weights(self, cell: Cell, judged: Mapping[str, Any]) -> dict[str, str]:
+        """Return the digest of the weights that a cell is judged by; of runs that are gone, those that were judged.
+
+        A study whose cells are judged may give up its runs, or be copied without them.
+        """
+        then = {cell.training: judged.get("weights_sha256")}
+        if cell.plus is not None:
+            then[cell.plus] = judged.get("plus_weights_sha256")
+        gone = {name: digest for name, digest in then.items() if digest and not self._run(name).exists()}
+        self._require_runs(cell, but=gone)
+        return {n: gone.get(n) or sha256(self._run(n) / "weights" / "best.safetensors") for n in then}
+
+    def _require_runs(self, cell: Cell, but: Iterable[str] = ()) -> None:
+        gone = next((name for name in {*cell.judged} - {*but} if not self._run(name).exists()), None)
+        if gone is not None:
+            raise InputError(
+                f"{self._run(gone)}: the run is gone, and {cell.name} must be judged again; remove "
+                f"{self._record(gone)} to train it again"
+            )
+
     def _evaluate(self, cell: Cell, others: Sequence[Judge], frames: Path) -> dict[str, Any]:
         """Return the errors of a cell on the study's splits and what the other judges find; write those of frames."""
+        self._require_runs(cell)
         loaded = load(self._run(cell.training))
         own: dict[str, Any] = {}
         if cell.is_refit:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -73,6 +74,19 @@ def test_goes_on_after_an_interruption_and_reports(make_study: Callable[..., Pat
     other.with_suffix(".npz").write_bytes(b"no zip")
     with pytest.raises(InputError, match=r"n16-s0.npz: damaged .* remove it"):
         again.judge()
+    other.with_suffix(".npz").unlink()
+    again.judge()
+    shutil.rmtree(again.folder / "runs")  # a study copied without its runs, or from another machine
+    record = again.folder / "records" / "methods" / "delta" / "n8-s0.json"
+    record.write_text(json.dumps({**json.loads(record.read_text()), "machine": "another"}))
+    copied = study_run(path, OneProcess())
+    assert copied.train() == {}
+    found = copied.judge()
+    assert [one.errors for one in found] == [one.errors for one in judged]
+    assert [one.cell.name for one in found if "another" in one.machines] == ["delta/n8-s0"]
+    other.unlink()
+    with pytest.raises(InputError, match=r"run is gone, and delta/n16-s0 must be judged again; remove .*16-s0.json"):
+        copied.judge()
 
 
 def check_summary(summary: dict[str, Any]) -> None:
