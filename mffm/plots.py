@@ -191,9 +191,10 @@ def label_curves(
 
     plt = _pyplot()
     rows = -(-len(panels) // columns)
-    size = (4.2 * columns, 3.3 * rows + 0.6)
-    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
     names = list(dict.fromkeys(name for entries in panels.values() for name in entries))
+    in_a_row = 3 if columns > 1 else 1  # titles of methods are half as long as a panel is wide
+    size = (4.2 * columns, 3.3 * rows + (0.6 if columns > 1 else 0.2 * len(names)))
+    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
     handles: dict[str, Any] = {}
     for axis, (ylabel, entries) in zip(axes.flat, panels.items(), strict=False):
         for name, points in entries.items():
@@ -217,7 +218,7 @@ def label_curves(
     for axis in list(axes.flat)[len(panels) :]:
         axis.set_visible(False)
     figure.legend(
-        list(handles.values()), list(handles), loc="outside upper center", ncols=3, frameon=False, fontsize=8
+        list(handles.values()), list(handles), loc="outside upper center", ncols=in_a_row, frameon=False, fontsize=8
     )  # fmt: skip
     figure.savefig(path)
     plt.close(figure)
@@ -306,5 +307,24 @@ def bands(
     left.set_ylabel("frequency, THz")
     right.plot(density[1], density[0], color=COLORS[2], linewidth=1.2)
     right.set_xlabel("density of states")
+    figure.savefig(path)
+    plt.close(figure)
+
+
+def radar(path: Path, axes_names: Sequence[str], lines: Mapping[str, Sequence[float]]) -> None:
+    """Write one radar plot of values from 0 (centre) to 1: a line for each name, a spoke for each axis."""
+    plt = _pyplot()
+    angles = np.linspace(0, 2 * np.pi, len(axes_names), endpoint=False)
+    figure, axis = plt.subplots(figsize=(5.2, 4.6), subplot_kw={"projection": "polar"}, layout="constrained")
+    for i, (name, values) in enumerate(lines.items()):
+        style = ("-", "--", ":")[i // len(COLORS) % 3]
+        axis.plot(
+            [*angles, angles[0]], [*values, values[0]], style, color=COLORS[i % len(COLORS)], linewidth=1.4, label=name
+        )
+    axis.set_xticks(angles, axes_names)
+    axis.set_ylim(0, 1)
+    axis.set_yticks([0.25, 0.5, 0.75, 1.0])
+    axis.tick_params(axis="y", labelsize=7, labelcolor=COLORS[5])
+    figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=8)
     figure.savefig(path)
     plt.close(figure)

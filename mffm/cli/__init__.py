@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from mffm import __version__
-from mffm.cli import cluster, config, data, evaluation, predict, properties, release, study, training
+from mffm.cli import benchmark, cluster, config, data, evaluation, predict, properties, release, study, training
 from mffm.cli.output import complain
 from mffm.errors import InputError, told
 
@@ -29,7 +29,7 @@ COMMANDS = (  # in the order of ``mffm --help``
     training.resume,
     training.replay,
     evaluation.evaluate,
-    study.study,
+    benchmark.benchmark,
     release.release,
     predict.predict,
     properties.relax,
@@ -42,6 +42,7 @@ COMMANDS = (  # in the order of ``mffm --help``
 )
 for command in COMMANDS:
     app.command()(command)
+app.add_typer(study.app, name="study")
 app.add_typer(config.app, name="config")
 
 

@@ -1,18 +1,37 @@
-"""Comparisons of methods: study."""
+"""Comparisons of methods: study, study new."""
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from mffm.cli.cluster import find_cluster
+from mffm.cli.new_study import new
 from mffm.cli.output import EXIT_INTERRUPTED, complain, say
 
 if TYPE_CHECKING:
     from mffm.executor import Executor
 
 
+class _RunUnlessNamed(TyperGroup):
+    """`mffm study x.yaml` is `mffm study run x.yaml`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        named = not args or args[0] in self.commands or args[0] == "--help"
+        return super().parse_args(ctx, args if named else ["run", *args])
+
+
+app = typer.Typer(
+    cls=_RunUnlessNamed,
+    no_args_is_help=True,
+    help="Compare methods over numbers of high-fidelity labels and seeds: mffm study STUDY.yaml.",
+)
+app.command("new")(new)
+
+
+@app.command("run")
 def study(
     config: Annotated[Path, typer.Argument(help="study YAML, e.g. one of configs/studies")],
     overrides: Annotated[list[str] | None, typer.Argument(help="key.key=value of the study YAML")] = None,
@@ -29,7 +48,7 @@ def study(
         bool, typer.Option("--report-only", help="train nothing; report the cells that are finished")
     ] = False,
 ) -> None:
-    """Compare methods over numbers of high-fidelity labels and seeds; the same command goes on after a kill."""
+    """Compare methods by a study YAML; the same command goes on after a kill. "run" may be left out."""
     from mffm.config.study import load_study
 
     settings = load_study(config, overrides or [])  # before the imports of seconds: a mistake is told at once
@@ -38,13 +57,14 @@ def study(
     executor = _executor(place, settings.name, cluster, workers, report_only)
 
     from mffm.distributed import tune_allocator
-    from mffm.study import grid, report
+    from mffm.study import external, grid, report
     from mffm.study.gate import gates
     from mffm.study.run import Stopped, StudyRun
 
     tune_allocator()
     expanded = grid.expand(settings, config, place)
     compared = gates(expanded)
+    others = external.read(expanded, place)
     work = StudyRun(expanded, place, executor, say)
     try:
         failed = {} if report_only else work.train()
@@ -52,7 +72,7 @@ def study(
         how = " and saved" if cluster is None else "; jobs that were submitted go on without it"
         print(f"interrupted{how}; the same command goes on", file=sys.stderr)
         raise typer.Exit(EXIT_INTERRUPTED) from None
-    summary = report.summarise(expanded, work.judge(), compared, failed)
+    summary = report.summarise(expanded, work.judge(), compared, failed, others)
     paths = report.write(expanded, summary, place)
     for line in summary["advice"]:
         say(line)

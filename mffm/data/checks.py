@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 # Two labels of one (structure, fidelity, property) closer than this are the same label printed or converged
 # differently: energy in eV per atom, forces in eV/Å, stress in eV/Å³.
+PAIRS_TOLD = 10  # of structures in two splits, in a message
 SAME_LABEL = {"energy": 1e-4, "forces": 2e-3, "stress": 2e-4}
 _DENSE_ATOMS = 300  # up to here all pairs at once (45 000 of them); beyond, a neighbor list
 
@@ -431,14 +432,21 @@ def split_leaks(store: "Store") -> list[Finding]:
     """Return a finding where one geometry hash occurs in two splits of a store (ingest never lets it)."""
     order = np.lexsort((store.geometry_hash[:, 1], store.geometry_hash[:, 0]))
     hashes, split = store.geometry_hash[order], store.split[order]
-    twice = (hashes[1:] == hashes[:-1]).all(1) & (split[1:] != split[:-1])
-    if not twice.any():
+    twice = np.flatnonzero((hashes[1:] == hashes[:-1]).all(1) & (split[1:] != split[:-1]))
+    if not len(twice):
         return []
-    k = int(np.flatnonzero(twice)[0])
-    rows = order[k : k + 2].tolist()
-    return [
-        Finding("leak", "", f"{int(twice.sum())} structures are in two splits, first: rows {rows[0]} and {rows[1]}")
-    ]
+    return [Finding("leak", "", told_pairs(store, [(int(order[k]), int(order[k + 1])) for k in twice]))]
+
+
+def told_pairs(store: "Store", pairs: Sequence[tuple[int, int]]) -> str:
+    """Return pairs of rows that are one structure in two splits as a message: names, rows and splits of the first."""
+
+    def told(row: int) -> str:
+        return f"{store.frame_id(row)} (row {row}, {store.split_names[store.split[row]]})"
+
+    shown = "; ".join(f"{told(a)} and {told(b)}" for a, b in pairs[:PAIRS_TOLD])
+    more = f"; and {len(pairs) - PAIRS_TOLD} more" if len(pairs) > PAIRS_TOLD else ""
+    return f"{len(pairs)} structures are in two splits: {shown}{more}"
 
 
 def same_structures(a: Iterable["Geometry"], b: Iterable["Geometry"]) -> list[tuple[int, int]]:

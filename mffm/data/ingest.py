@@ -6,6 +6,7 @@ import os
 import re
 import time
 from concurrent.futures.process import BrokenProcessPool
+from difflib import get_close_matches
 from glob import glob
 from itertools import islice
 from pathlib import Path
@@ -343,6 +344,8 @@ def _read_sources(
             f"no usable frame, {state['n_rejected']} rejected; "
             f"the first: {first['file']}:{first['index']}: {first['reason']}"
         )
+    staging.commit()
+    _require_groups(config.splits, staging.group_names())
     state["reading_done"] = True
     staging.commit()
 
@@ -381,6 +384,19 @@ def _end_source(staging: Staging, config: DataConfig, work: list[Work], k: int) 
                     f"{files}: no frame has the key {key!r} (labels.{fidelity}.{prop} of source {spec.name!r}); "
                     f"{_found(staging, source, config)}"
                 )
+
+
+def _require_groups(splits: SplitSpec, there: list[str]) -> None:
+    """Refuse a group that is to be held out and does not exist: what was meant by it would train."""
+    for split, held in splits.holdout.items():
+        absent = next((group for group in held if group not in there), None)
+        if absent is not None:
+            near = get_close_matches(absent, there, n=3, cutoff=0.5)
+            shown = f"is it {' or '.join(near)}?" if near else f"groups: {known(there[:20])}"
+            raise InputError(
+                f"splits.holdout.{split}: no structure has the group {absent!r}, of {len(there)}; {shown} Correct it, "
+                "or leave it out"
+            )
 
 
 def _found(staging: Staging, source: int, config: DataConfig) -> str:

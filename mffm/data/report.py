@@ -127,13 +127,6 @@ def _bookkeeping(store: Store, config: DataConfig, state: dict[str, Any]) -> lis
         warnings.append(
             f"{state['empty_group']} structures have no group (group_key absent); they form one group together"
         )
-    groups = set(store.group_names)
-    for split, held in config.splits.holdout.items():
-        absent = [g for g in held if g not in groups]
-        if absent:
-            warnings.append(
-                f"splits.holdout.{split}: no structure has the group {', '.join(absent)}; check the spelling"
-            )
     unlabelled = [name for name in store.fidelities.names if not any(store.has(name, p).any() for p in PROPERTIES)]
     if unlabelled:
         warnings.append(f"no frame has a label of fidelity {', '.join(unlabelled)}, which the data YAML declares")

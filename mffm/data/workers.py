@@ -14,7 +14,7 @@ from typing import Any
 from mffm.data.readers.chunk import Chunk
 
 
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
     """Let a worker end when its parent was killed; it would wait for ever. Ctrl-C is the parent's to handle."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = parent_process()
@@ -41,7 +41,7 @@ class Workers:
         if self.workers > 1:
             # spawn: a forked child would inherit the open LMDB file, and threads of a caller that uses torch.
             self._executor = ProcessPoolExecutor(
-                self.workers, mp_context=get_context("spawn"), initializer=_end_with_parent
+                self.workers, mp_context=get_context("spawn"), initializer=end_with_parent
             )
         return self._run
 

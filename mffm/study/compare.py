@@ -16,6 +16,7 @@ import numpy as np
 
 from mffm.evaluate.parity import FrameErrors
 from mffm.study.curves import LEAST_ERROR
+from mffm.study.external import External
 from mffm.study.grid import Grid
 from mffm.study.run import Judged
 
@@ -25,22 +26,30 @@ DRAWS = 2000
 LEAST_UNITS = 8  # fewer groups are too few to resample, fewer frames too few to compare
 
 Panel = tuple[str, str]
-Cells = Mapping[tuple[str, int], Mapping[int, Judged]]  # method, labels → seed → cell
+Frames = Mapping[Panel, FrameErrors]
+Cells = Mapping[tuple[str, int], Mapping[int, Frames]]  # method, labels → seed → errors of every frame
 
 
-def not_worse(grid: Grid, judged: Sequence[Judged]) -> dict[str, Any] | None:
+def not_worse(grid: Grid, judged: Sequence[Judged], others: Sequence[External] = ()) -> dict[str, Any] | None:
     """Return the comparison of the study's candidate with each other method, as JSON; None without a candidate.
 
-    Compared are methods without a low-fidelity calculation at inference, at the numbers of labels that both have.
+    Compared are methods without a low-fidelity calculation at inference, and other codes, at the numbers of labels that
+    both have.
     """
     config = grid.config
     if config.candidate is None:
         return None
-    cells: dict[tuple[str, int], dict[int, Judged]] = {}
+    cells: dict[tuple[str, int], dict[int, Frames]] = {}
     for one in judged:
-        cells.setdefault((one.cell.method, one.cell.n_high), {})[one.cell.seed] = one
+        cells.setdefault((one.cell.method, one.cell.n_high), {})[one.cell.seed] = one.frames
     planned = {name: {cell.n_high for cell in grid.cells if cell.method == name} for name in config.methods}
-    numbers = {name: sorted(planned[name] & planned[config.candidate]) for name in config.rivals}
+    titles = {name: config.title(name) for name in config.methods} | {o.name: o.results.title for o in others}
+    for other in others:
+        planned[other.name] = {n for n, _ in other.frames}
+        for (n, seed), frames in other.frames.items():
+            cells.setdefault((other.name, n), {})[seed] = frames
+    rivals = [*config.rivals, *(o.name for o in others)]
+    numbers = {name: sorted(planned[name] & planned[config.candidate]) for name in rivals}
     panels: dict[str, Any] = {}
     missing: dict[str, None] = {}
     for kind in config.splits:
@@ -52,13 +61,13 @@ def not_worse(grid: Grid, judged: Sequence[Judged]) -> dict[str, Any] | None:
                     if found is not None:
                         points.append(found)
                     if found is None or len(found["seeds"]) < len(config.seeds):
-                        missing[f"{config.title(name)} at {n} frames"] = None
+                        missing[f"{titles[name]} at {n} frames"] = None
             panels[f"{kind}/{prop}"] = methods
     result = {
         "candidate": config.candidate, "level": LEVEL, "draws": DRAWS, "limits": LIMITS, "panels": panels,
         "missing": list(missing), "without_common_number": [name for name, labels in numbers.items() if not labels],
     }  # fmt: skip
-    return {**result, "verdict": _verdict(grid, result)}
+    return {**result, "verdict": _verdict(titles, result)}
 
 
 def _point(
@@ -67,10 +76,10 @@ def _point(
     """Return the ratio of two methods and its bound at one number of labels; None without a seed or enough frames."""
     ours, theirs = cells.get((candidate, n), {}), cells.get((other, n), {})
     seeds = [s for s in grid.config.seeds if s in ours and s in theirs]
-    seeds = [s for s in seeds if panel in ours[s].frames and panel in theirs[s].frames]
+    seeds = [s for s in seeds if panel in ours[s] and panel in theirs[s]]
     if not seeds:
         return None
-    sums, rows = paired([ours[s].frames[panel] for s in seeds] + [theirs[s].frames[panel] for s in seeds])
+    sums, rows = paired([ours[s][panel] for s in seeds] + [theirs[s][panel] for s in seeds])
     units, unit = units_of(grid.store.group[rows], grid.store.group_names)
     n_units = len(np.unique(units))
     if n_units < LEAST_UNITS:
@@ -131,15 +140,14 @@ def _draws(n: int, stream: int = 0) -> np.ndarray:
     return np.bincount(drawn.ravel(), minlength=DRAWS * n).reshape(DRAWS, n).astype(np.float64)
 
 
-def _verdict(grid: Grid, result: Mapping[str, Any]) -> list[str]:
+def _verdict(titles: Mapping[str, str], result: Mapping[str, Any]) -> list[str]:
     """Return one sentence for each limit."""
-    title = grid.config.title
     bounds = [
-        (point["upper"], f"{title(name)}, {panel.replace('/', ' ')}, {point['n_high']} frames")
+        (point["upper"], f"{titles[name]}, {panel.replace('/', ' ')}, {point['n_high']} frames")
         for panel, methods in result["panels"].items()
         for name, points in methods.items() for point in points
     ]  # fmt: skip
-    ours = title(result["candidate"])
+    ours = titles[result["candidate"]]
     if not bounds:
         return [f"No number of labels has finished cells of {ours} and of another method: there is no verdict yet."]
     worst, where = max(bounds)

@@ -12,7 +12,7 @@ import numpy as np
 from mffm.config.base import apply_overrides, as_overrides, read_yaml, validate
 from mffm.config.recipe import Recipe
 from mffm.config.study import StudyConfig
-from mffm.data.checks import SAME_LABEL, split_leaks
+from mffm.data.checks import SAME_LABEL, same_structures, split_leaks, told_pairs
 from mffm.data.pools import build_pools
 from mffm.data.store import Store, combined_fingerprint
 from mffm.errors import InputError
@@ -144,6 +144,8 @@ def expand(config: StudyConfig, path: Path, folder: Path) -> Grid:
                 trainings |= {training.name: training for training in trials}
                 cells.append(cell)
     _require_untrained(config, trainings, path)
+    _require_no_twins(config, store, trainings)
+    _require_pools(store, trainings, path)
     judges = judges_of(config, path.parent, store, [training.recipe for training in trainings.values()])
     return Grid(config, store, trainings, cells, judges)
 
@@ -159,6 +161,39 @@ def _require_untrained(config: StudyConfig, trainings: Mapping[str, Training], p
                     f"{path}: {training.name} trains or validates on split {split!r}, which is the {kind} split that "
                     "is judged; give its pools another one"
                 )
+
+
+def _require_no_twins(config: StudyConfig, store: Store, trainings: Mapping[str, Training]) -> None:
+    """Refuse judged structures that are within 1e-3 Å of one that trains or validates."""
+    recipes = [training.recipe for training in trainings.values()]
+    read = {p.split for r in recipes for p in r.data.plan.pools} | {r.data.validation_split for r in recipes}
+    rows = [
+        np.flatnonzero(np.isin(store.split, [store.split_index(s) for s in splits]))
+        for splits in (set(config.splits.values()), read)
+    ]
+    pairs = same_structures(*((store.geometry(int(row)) for row in of_kind) for of_kind in rows))
+    if pairs:
+        told = told_pairs(store, [(int(rows[0][a]), int(rows[1][b])) for a, b in pairs])
+        raise InputError(
+            f"{store.path}: {told}; they are the same within 1e-3 Å, and what is judged must not train: put both into "
+            "one split of the data YAML, or leave one out, and ingest again"
+        )
+
+
+def _require_pools(store: Store, trainings: Mapping[str, Training], path: Path) -> None:
+    """Refuse a pool without labels now, not when its training starts."""
+    seen = set()
+    for training in trainings.values():
+        recipe = training.recipe
+        key = tuple((p.fidelity, p.source, p.split, *p.properties) for p in recipe.data.plan.pools)
+        if key in seen:
+            continue
+        seen.add(key)
+        try:
+            table = FidelityTable([store.fidelities[name] for name in recipe.fidelities])
+            build_pools(store, recipe.data.plan, table, recipe.model.backbone.cutoff)
+        except InputError as error:
+            raise InputError(f"{path}: {training.name}: {store.path}: {error}") from error
 
 
 def _check_store(config: StudyConfig, store: Store, path: Path) -> None:
@@ -191,6 +226,15 @@ def _check_store(config: StudyConfig, store: Store, path: Path) -> None:
                 )
 
 
+def pins_of(store: Store, fidelities: Sequence[str]) -> tuple[list[str], str]:
+    """Return the layers of a store that have any of the fidelities, and the fingerprint of the store with these."""
+    layers = [layer for layer in store.layers if not set(fidelities).isdisjoint(layer.fidelities)]
+    fingerprint = combined_fingerprint(
+        store.geometry_fingerprint, [(layer.name, layer.fingerprint) for layer in layers]
+    )
+    return [layer.name for layer in layers], fingerprint
+
+
 @dataclass(frozen=True)
 class _Maker:
     """Makes the recipes of one study."""
@@ -206,11 +250,8 @@ class _Maker:
         """Return a recipe that pins the store as it is now, but for layers without a fidelity of its own."""
         overrides = [*self.fixed, *as_overrides(changes), *as_overrides(own)]
         recipe = validate(Recipe, apply_overrides(self.base, overrides), f"{self.path}: {place}")
-        layers = [layer for layer in self.store.layers if not set(recipe.fidelities).isdisjoint(layer.fidelities)]
-        fingerprint = combined_fingerprint(
-            self.store.geometry_fingerprint, [(layer.name, layer.fingerprint) for layer in layers]
-        )
-        pins = {"layers": [layer.name for layer in layers], "fingerprint": fingerprint}
+        layers, fingerprint = pins_of(self.store, recipe.fidelities)
+        pins = {"layers": layers, "fingerprint": fingerprint}
         return recipe.model_copy(update={"data": recipe.data.model_copy(update=pins)})
 
     def run(self, training: str) -> str:

@@ -28,7 +28,7 @@ def judges_of(config: StudyConfig, base: Path, store: Store, recipes: Iterable[R
     if config.relative_energies:
         judges.append(relative.Relative.read(config, store))
     if config.mixing:
-        judge = mixing.Mixing.read(config.mixing, base)
+        judge = mixing.Mixing.read(config.mixing, base, config.methods)
         require_untrained(judge.frames, store, list(recipes), "mixing")
         judges.append(judge)
     if config.eos:

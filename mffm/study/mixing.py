@@ -1,7 +1,7 @@
 """Mixing energies of pseudo-binaries: does a potential of few high-fidelity labels know compositions without any?"""
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,16 +47,18 @@ class Mixing:
     Attributes:
         groups: structures of each group, ascending in ``config.order``.
         digest: of the file and of what is read from it.
+        methods: of the study; results of others, another code's, are drawn whatever ``config.drawn`` says.
     """
 
     config: MixingConfig
     path: Path
     groups: Mapping[str, Sequence[Atoms]]
     digest: str
+    methods: Collection[str]
     name: str = NAME
 
     @classmethod
-    def read(cls, config: MixingConfig, base: Path) -> "Mixing":
+    def read(cls, config: MixingConfig, base: Path, methods: Collection[str]) -> "Mixing":
         """Return the judge.
 
         Raises:
@@ -72,7 +74,7 @@ class Mixing:
                 for frame in frames:
                     value(frame, key, path, f"mixing.{place}")
         read = config.model_dump(include={"group", "where", "order"})
-        return cls(config, path, groups, hashlib.sha256(f"{sha256(path)} {read}".encode()).hexdigest())
+        return cls(config, path, groups, hashlib.sha256(f"{sha256(path)} {read}".encode()).hexdigest(), methods)
 
     @property
     def frames(self) -> list[Atoms]:
@@ -140,7 +142,8 @@ class Mixing:
     def _drawn(self, results: Results) -> dict[str, Any]:
         """Return method → labels and, per group, mean predictions over the seeds."""
         found = {}
-        for method in self.config.drawn or results:
+        others = [method for method in results if method not in self.methods]
+        for method in [*self.config.drawn, *others] if self.config.drawn else results:
             counts = results.get(method)
             if counts:
                 wanted = self.config.drawn_at

@@ -59,7 +59,7 @@ def _ordered(summary: Summary, names: Iterable[str]) -> list[str]:
 
 def _title(summary: Summary, name: str) -> str:
     method = summary["methods"][name]
-    return method["title"] + (" †" if method["needs_lf_at_inference"] else "")
+    return method["title"] + (" †" if method["needs_lf_at_inference"] else " ‡" if method["external"] else "")
 
 
 def _titles(summary: Summary) -> dict[str, str]:
@@ -70,6 +70,8 @@ def _curves_note(summary: Summary) -> str:
     text = "Geometric means over the seeds; in brackets, and as bars in the figure, the least and the most of a seed."
     if any(m["needs_lf_at_inference"] for m in summary["methods"].values()):
         text += " † needs a low-fidelity calculation for every prediction (broken lines); ranked apart."
+    if any(m["external"] for m in summary["methods"].values()):
+        text += " ‡ is another code's training on the same labels; no advice names it."
     return text
 
 
@@ -232,6 +234,11 @@ def _fairness(summary: Summary) -> list[str]:
     if fair["validation_max_frames"]:
         each = ", ".join(f"{limit} with {n}" for n, limit in fair["validation_max_frames"].items())
         lines[-1] += f" Of these it uses so many frames at most: {each}."
+    lines += [
+        f"- {method['title']} ‡: trained by {method['external']}, {method['made']}, on the same high-fidelity frames "
+        f"and judged on the same labels. {' '.join(method['notes'])}".rstrip()
+        for method in summary["methods"].values() if method["external"]
+    ]  # fmt: skip
     return lines + _tuning(summary)
 
 
@@ -274,6 +281,8 @@ def _methods(summary: Summary) -> list[str]:
         changes = "<br>".join(f"`{k}: {json.dumps(v)}`" for k, v in method["changes"].items()) or "none"
         if method["refit"]:
             changes = "no training: references refitted"
+        if method["external"]:
+            changes = f"none of ours: {method['external']}<br>{changes}"
         stages = [
             "<br>".join([_stage(method, stage), *(f"`{k}: {json.dumps(v)}`" for k, v in changed.items())])
             for stage, changed in method["stages"].items()

@@ -10,7 +10,7 @@ from mffm import plots
 from mffm.executor import machine
 from mffm.keys import REPORT_UNITS
 from mffm.release import code_version, write_json, write_text
-from mffm.study import curves, judges
+from mffm.study import curves, external, judges
 from mffm.study.advice import advice
 from mffm.study.compare import not_worse
 from mffm.study.gate import Gate
@@ -32,9 +32,22 @@ def by_panel(grid: Grid, judged: Sequence[Judged]) -> Errors:
     return panels
 
 
-def summarise(grid: Grid, judged: Sequence[Judged], gates: Sequence[Gate], failed: Mapping[str, str]) -> dict[str, Any]:
-    """Return all that the report says, as JSON."""
-    config, errors = grid.config, by_panel(grid, judged)
+def summarise(
+    grid: Grid, judged: Sequence[Judged], gates: Sequence[Gate], failed: Mapping[str, str],
+    others: Sequence[external.External] = (),
+) -> dict[str, Any]:  # fmt: skip
+    """Return all that the report says, as JSON.
+
+    Args:
+        others: of other codes; in all but the advice.
+    """
+    config, own = grid.config, by_panel(grid, judged)
+    found = [(o.cell.method, o.cell.n_high, o.cell.seed, o.found) for o in judged]
+    methods = {name: _method(grid, name) for name in config.methods} | {o.name: o.method() for o in others}
+    errors = {
+        panel: {**of_methods, **{o.name: of_other for o in others if (of_other := o.errors(panel))}}
+        for panel, of_methods in own.items()
+    }
     done = {one.cell.name for one in judged}
     split_counts = {kind: grid.store.label_counts(split).get(config.high, {}) for kind, split in config.splits.items()}
     return {
@@ -46,25 +59,23 @@ def summarise(grid: Grid, judged: Sequence[Judged], gates: Sequence[Gate], faile
         "high": config.high,
         "splits": {k: {"split": s, "labels": split_counts[k]} for k, s in config.splits.items()},
         "seeds": config.seeds,
-        "methods": {name: _method(grid, name) for name in config.methods},
+        "methods": methods,
         "baselines": config.baselines,
         "cells": [_cell(grid, one) for one in judged],
         "missing": [cell.name for cell in grid.cells if cell.name not in done],
         "failed": dict(failed),
         "curves": {"/".join(panel): _curves(methods) for panel, methods in errors.items()},
         "factors": {"/".join(panel): _factors(grid, methods) for panel, methods in errors.items()},
-        "not_worse": not_worse(grid, judged),
-        "judges": judges.summarise(
-            grid.judges, ((o.cell.method, o.cell.n_high, o.cell.seed, o.found) for o in judged)
-        ),
-        "cpu_minutes": _cpu(grid, judged),
+        "not_worse": not_worse(grid, judged, others),
+        "judges": judges.summarise(grid.judges, [*found, *(cell for o in others for cell in o.judged())]),
+        "cpu_minutes": _cpu(grid, judged) | {o.name: o.cpu_minutes() for o in others},
         "tuning": _tuning(grid, judged),
         "fairness": fairness(grid, judged),
         "gates": [
             {"low": g.low, "split": g.split, "frames": g.n_frames, "r2": g.r2, "force_cosine": g.force_cosine}
             for g in gates
         ],
-        "advice": advice(grid, errors),
+        "advice": advice(grid, own),
     }  # fmt: skip
 
 
@@ -72,6 +83,7 @@ def _method(grid: Grid, name: str) -> dict[str, Any]:
     spec = grid.config.methods[name]
     return {
         "title": grid.config.title(name),
+        "external": None,
         "changes": spec.changes,
         "start_from": spec.start_from,
         "refit": spec.refit,
@@ -214,7 +226,7 @@ def write(grid: Grid, summary: Mapping[str, Any], folder: Path) -> list[Path]:
     paths = [folder / "report.md", folder / "report.json", folder / "learning_curves.png"]
     write_json(paths[1], summary)
     write_text(paths[0], markdown(summary))
-    titles = {name: method["title"] for name, method in summary["methods"].items()}
+    titles = {n: method["title"] + (" ‡" if method["external"] else "") for n, method in summary["methods"].items()}
     apart = {titles[n] for n, method in summary["methods"].items() if method["needs_lf_at_inference"]}
     panels = {}
     for panel, methods in summary["curves"].items():

@@ -213,16 +213,11 @@ class StudyRun:
         rows = content["splits"]
         errors = {(kind, row["property"]): row["mae"] for kind in rows for row in rows[kind]}
         found = {one.name: content["found"][one.name] for one in others}
-        own_cpu = self._cpu_seconds(cell.training)
-        stages = [stage.name for stage in self.grid.stages_of(cell)]
-        of_stages = [self._cpu_seconds(name) for name in stages]
-        measured = [seconds for seconds in of_stages if seconds is not None]
-        stage_cpu = sum(measured) if len(measured) == len(of_stages) else None
-        if cell.is_refit:
-            own_cpu, stage_cpu = 0.0, own_cpu
+        own_cpu, stage_cpu = self.cpu_seconds(cell)
         last_step = read_json(self._record(cell.training))["last_step"]
+        stages = [stage.name for stage in self.grid.stages_of(cell)]
         machines = [m for t in (cell.training, *stages) for m in self._machines(t)]
-        by_frame = _read_frames(frames, errors)
+        by_frame = read_frames(frames, errors)
         return Judged(
             cell, errors, rows, found, own_cpu, stage_cpu, last_step, content["plan"], by_frame, machines
         )  # fmt: skip
@@ -247,6 +242,17 @@ class StudyRun:
                 f"{self._record(gone)} to train it again"
             )
 
+    def cpu_seconds(self, cell: Cell) -> tuple[float | None, float | None]:
+        """Return the CPU time of a cell's own training, 0 for a refit, and of the stages that it uses.
+
+        None: not measured, or not trained yet.
+        """
+        own = self._cpu_seconds(cell.training)
+        of_stages = [self._cpu_seconds(stage.name) for stage in self.grid.stages_of(cell)]
+        measured = [seconds for seconds in of_stages if seconds is not None]
+        stages = sum(measured) if len(measured) == len(of_stages) else None
+        return (0.0, own) if cell.is_refit else (own, stages)
+
     def _evaluate(self, cell: Cell, others: Sequence[Judge], frames: Path) -> dict[str, Any]:
         """Return the errors of a cell on the study's splits and what the other judges find; write those of frames."""
         self._require_runs(cell)
@@ -263,7 +269,7 @@ class StudyRun:
             for kind, split in self.grid.config.splits.items()
         }
         by_kind = {kind: evaluation.frame_errors(cell.fidelity) for kind, evaluation in found.items()}
-        _write_frames(frames, {(k, p): errors for k, props in by_kind.items() for p, errors in props.items()})
+        write_frames(frames, {(k, p): errors for k, props in by_kind.items() for p, errors in props.items()})
         return {
             "splits": {kind: evaluation.rows() for kind, evaluation in found.items()},
             "found": judges.judge(others, loaded, cell.asked),
@@ -292,7 +298,7 @@ class StudyRun:
 FIELDS = [field.name for field in fields(parity.FrameErrors)]
 
 
-def _write_frames(path: Path, frames: Mapping[tuple[str, str], parity.FrameErrors]) -> None:
+def write_frames(path: Path, frames: Mapping[tuple[str, str], parity.FrameErrors]) -> None:
     """Write the errors of a cell's frames aside, and rename."""
     aside = path.with_name(path.name + ".partial")
     arrays = {f"{kind}.{prop}.{name}": getattr(f, name) for (kind, prop), f in frames.items() for name in FIELDS}
@@ -306,7 +312,7 @@ def _write_frames(path: Path, frames: Mapping[tuple[str, str], parity.FrameError
         raise InputError(f"{path}: cannot be written ({error}); free some space") from error
 
 
-def _read_frames(path: Path, panels: Iterable[tuple[str, str]]) -> dict[tuple[str, str], parity.FrameErrors]:
+def read_frames(path: Path, panels: Iterable[tuple[str, str]]) -> dict[tuple[str, str], parity.FrameErrors]:
     try:
         with np.load(path) as arrays:
             return {

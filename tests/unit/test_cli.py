@@ -70,6 +70,23 @@ def test_difference_of_fidelities(molecule_store: Path, tmp_path: Path):
         assert expected in done.stdout
 
 
+def test_new_study_of_two_levels_in_one_file(tmp_path: Path):
+    shipped = str(Path(__file__).parents[2] / "data" / "molecules.extxyz")
+    names = ("--low-name", "gfn2", "--high-name", "pbe", "--low-energy", "energy_gfn2")
+    message = refused("study", "new", shipped, shipped, *names, "--folder", str(tmp_path / "mine"))
+    assert "several keys look like energy" in message
+    assert "--high-energy KEY" in message
+    arguments = (*names, "--high-energy", "energy_pbe", "--folder", "mine")
+    done = mffm("study", "new", shipped, shipped, *arguments, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "note: " in done.stdout
+    last = [line.strip() for line in done.stdout.splitlines()[-3:]]
+    assert last == [
+        "mffm ingest mine/data.yaml", "mffm difference stores/mine --high pbe --low gfn2", "mffm study mine/study.yaml"
+    ]  # fmt: skip
+    assert sorted(path.name for path in (tmp_path / "mine").iterdir()) == ["data.yaml", "recipe.yaml", "study.yaml"]
+
+
 def test_yaml_that_is_not_utf8(tmp_path: Path):
     (tmp_path / "data.yaml").write_bytes("store: é\n".encode("latin-1"))
     message = refused("ingest", str(tmp_path / "data.yaml"))

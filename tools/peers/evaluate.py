@@ -2,7 +2,8 @@
 
     python evaluate.py PEER MODEL FRAMES.xyz@INDEX PREDICTIONS.npz [FRAMES.xyz@INDEX PREDICTIONS.npz ...]
 
-PEER: mace, sevennet, nequip or mffm=FIDELITY (then MODEL is <run>=<weights>); INDEX is ASE's, such as ``::3``.
+PEER: mace, sevennet, sevennet=FIDELITY of a model of several, nequip or mffm=FIDELITY (then MODEL is <run>=<weights>);
+INDEX is ASE's, such as ``::3``.
 A file holds energies [n_frames], forces [n_atoms of all, 3] and, for periodic frames, stress [n_frames, 3, 3], in
 ASE's units and signs.
 """
@@ -21,10 +22,10 @@ def calculator(peer: str, model: str) -> Any:
         from mace.calculators import MACECalculator
 
         return MACECalculator(model_paths=model, device="cpu", default_dtype="float32")
-    if peer == "sevennet":
+    if peer.startswith("sevennet"):
         from sevenn.calculator import SevenNetCalculator
 
-        return SevenNetCalculator(model, device="cpu")
+        return SevenNetCalculator(model, device="cpu", modal=peer.partition("=")[2] or None)
     if peer == "nequip":
         from nequip.integrations.ase import NequIPCalculator
 

@@ -1,4 +1,7 @@
-"""Train SevenNet by its own trainer until the clock says so. In its environment; tools/bench_training.py."""
+"""Train SevenNet by its own trainer until the clock says so, on one fidelity or several.
+
+In its environment; tools/bench_training.py and tools/study_sevennet.py.
+"""
 
 import sys
 from pathlib import Path
@@ -14,28 +17,38 @@ EPOCHS = 200  # of sevenn's preset `base`, whose learning rate falls by 0.99 an 
 
 
 def config(job: dict[str, Any], newest: Path | None) -> dict[str, Any]:
-    """Return the preset ``base`` or, for its architecture, ``sevennet-l3i5``, with this job's data and length."""
+    """Return a preset with this job's data and length: ``base`` where the options name none.
+
+    An option ``model`` takes the architecture of another preset; what a preset says of fidelities is kept.
+    """
     presets = Path(processing_epoch.__file__).parents[1] / "presets"
-    found = yaml.safe_load((presets / "base.yaml").read_text())
     options = job["options"]
+    found = yaml.safe_load((presets / f"{options.get('preset', 'base')}.yaml").read_text())
     if "model" in options:
-        found["model"] = yaml.safe_load((presets / f"{options['model']}.yaml").read_text())["model"]
-    found["model"].update(cutoff=job["cutoff"], chemical_species="Auto")
+        switches = {key: value for key, value in found["model"].items() if key.startswith("use_modal_")}
+        found["model"] = yaml.safe_load((presets / f"{options['model']}.yaml").read_text())["model"] | switches
+    found["model"]["chemical_species"] = "Auto"
+    if job["cutoff"] is not None:
+        found["model"]["cutoff"] = job["cutoff"]
     n_epochs = max(2, job["steps"] * job["batch"] // job["n_train"]) if job["steps"] else 1000
+    length = {"gamma": 0.99 ** (EPOCHS / n_epochs)}
+    if found["train"]["scheduler"] == "linearlr":
+        length = found["train"]["scheduler_param"] | {"total_iters": n_epochs}
     found["train"].update(options.get("train", {}))
     found["train"].update(
-        random_seed=job["seed"], epoch=n_epochs, scheduler_param={"gamma": 0.99 ** (EPOCHS / n_epochs)},
+        random_seed=job["seed"], epoch=n_epochs, scheduler_param=length,
         per_epoch=max(1, min(10, n_epochs // 50)), is_train_stress=job["stress"],
     )  # fmt: skip
     if not job["stress"]:
-        found["train"]["error_record"] = [["Energy", "RMSE"], ["Force", "RMSE"], ["TotalLoss", "None"]]
+        kept = [record for record in found["train"]["error_record"] if record[0] != "Stress"]
+        found["train"]["error_record"] = kept
     if newest:
         found["train"]["continue"] = {"checkpoint": str(newest)}
     found["data"].update(options.get("data", {}))
-    found["data"].update(
-        batch_size=job["batch"], load_trainset_path=[job["train"]], load_validset_path=[job["val"]],
-    )  # fmt: skip
-    found["data"].pop("load_testset_path")
+    for key in [key for key in found["data"] if key.startswith("load_")]:
+        del found["data"][key]
+    train, val = (files if isinstance(files, list) else [files] for files in (job["train"], job["val"]))
+    found["data"].update(batch_size=job["batch"], load_trainset_path=train, load_validset_path=val)
     return found
 
 

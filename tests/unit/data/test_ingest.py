@@ -109,14 +109,24 @@ def test_fractions_and_seed():
 
 def test_groups_and_holdout_stay_together(crystals, write_frames, data_config, tmp_path):
     write_frames("data.extxyz", crystals)
-    spec = {"by": "group", "holdout": {"ood": ["s2", "typo"]}, "fractions": {"train": 0.5, "test": 0.5}}
-    report = ingest(data_config(source_group_key="series", splits=spec), tmp_path, progress=False)
+    spec = {"by": "group", "holdout": {"ood": ["s2"]}, "fractions": {"train": 0.5, "test": 0.5}}
+    ingest(data_config(source_group_key="series", splits=spec), tmp_path, progress=False)
     store = Store(tmp_path / "store")
     groups = np.array(store.group_names)[store.group]
     for group in ("s0", "s1", "s2", "s3"):
         assert len(set(store.split[groups == group].tolist())) == 1
     assert set(groups[store.rows("ood")]) == {"s2"}
-    assert any("typo" in w for w in report.warnings)
+
+
+def test_a_group_to_hold_out_that_does_not_exist_is_refused(crystals, write_frames, data_config, tmp_path):
+    write_frames("data.extxyz", crystals)
+    for group, remedy in (("s22", "is it s2"), ("typo", "groups: s0, s1, s2, s3")):
+        config = data_config(source_group_key="series", splits={"holdout": {"ood": ["s1", group]}})
+        with pytest.raises(
+            InputError, match=rf"splits.holdout.ood: no structure has the group '{group}', of 4; {remedy}"
+        ):
+            ingest(config, tmp_path, progress=False)
+    ingest(data_config(source_group_key="series", splits={"holdout": {"ood": ["s1"]}}), tmp_path, progress=False)
 
 
 def test_formula_is_a_group_where_there_is_none(crystals, structures, write_frames, data_config, tmp_path):

@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 
 from mffm.config.study import load_study
+from mffm.data.records import Geometry
+from mffm.data.store import Store
 from mffm.errors import InputError
 from mffm.study.gate import Gate, _require, compare, gates
 from mffm.study.grid import Grid, expand
@@ -190,6 +192,17 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     "too many labels": ({"n_high": [8, 5000]}, "5000 frames with pbe labels are asked for, the training split has"),
     "fidelity not in the store": ({"high": "b3lyp"}, "'b3lyp' is not in the store"),
     "split not in the store": ({"ood": "ood"}, "ood: .*no split 'ood'; splits: .*test"),
+    "fidelity of a pool not in the store": (
+        {"methods": {**METHODS, "x": {"changes": {
+            "data.plan.pools": [{"fidelity": "gfn9"}, *HIGH], "model.heads": {"kind": "shared"}}}}},
+        "methods/x/n8-s0: .*unknown fidelity 'gfn9'; known fidelities: .*gfn2",
+    ),
+    "pool without labels": (
+        {"methods": {**METHODS, "x": {"changes": {
+            "data.plan.pools": [{"fidelity": "ccsdt", "properties": ["forces"]}, *HIGH],
+            "model.heads": {"kind": "shared"}}}}},
+        "methods/x/n8-s0: .*data.plan.pools.0: .*ccsdt",
+    ),
     "property without labels": (
         {"high": "ccsdt", "properties": ["forces"]}, "has no ccsdt forces labels to judge by; it has .* energy"
     ),
@@ -263,6 +276,36 @@ def test_a_mistake_is_one_error(make_study: Callable[..., Path], name: str):
     changes, message = MISTAKES[name]
     with pytest.raises(InputError, match=f"(?s){message}"):
         grid_of(make_study(**changes))
+
+
+def test_splits_that_leak_are_refused_with_the_pairs(make_study: Callable[..., Path], monkeypatch: pytest.MonkeyPatch):
+    path = make_study()
+    store = grid_of(path).store
+    judged, trained = (store.rows(split=split)[:2].tolist() for split in ("test", "train"))
+    true = Store.geometry
+
+    def near(self: Store, row: int) -> Geometry:
+        if row not in judged:
+            return true(self, row)
+        numbers, positions, cell, pbc = true(self, trained[judged.index(row)])
+        return numbers, positions + 5e-4, cell, pbc
+
+    monkeypatch.setattr(Store, "geometry", near)
+    with pytest.raises(InputError, match=r"2 structures are in two splits: .* the same within 1e-3 Å") as raised:
+        grid_of(path)
+    for a, b in zip(judged, trained, strict=True):
+        assert f"{store.frame_id(a)} (row {a}, test) and {store.frame_id(b)} (row {b}, train)" in str(raised.value)
+    monkeypatch.undo()
+
+    def twice(self: Store, *arguments: Any) -> None:
+        opened(self, *arguments)
+        self.geometry_hash = self.geometry_hash.copy()
+        self.geometry_hash[judged] = self.geometry_hash[trained]
+
+    opened = Store.__init__
+    monkeypatch.setattr(Store, "__init__", twice)
+    with pytest.raises(InputError, match=rf"2 structures are in two splits: .*row {judged[0]}, test.*ingest again"):
+        grid_of(path)
 
 
 def test_gate_of_a_related_low_fidelity(make_study: Callable[..., Path]):

@@ -40,7 +40,7 @@ def alloys() -> list[Atoms]:
 
 def mixing_of(folder: Path, frames: Sequence[Atoms] | None = None, **changes: Any) -> Mixing:
     write(folder / "alloys.extxyz", frames if frames is not None else alloys())
-    return Mixing.read(validate(MixingConfig, {**CONFIG, **changes}, "test"), folder)
+    return Mixing.read(validate(MixingConfig, {**CONFIG, **changes}, "test"), folder, ["a", "b"])
 
 
 def fake(structures: Sequence[Geometry]) -> np.ndarray:
@@ -86,6 +86,12 @@ def test_labels_and_predictions_of_a_file(tmp_path: Path):
     assert draw(summary, titles, "r2scan", tmp_path).stat().st_size > 10_000
 
 
+def test_another_code_is_drawn_beside_the_methods_asked_for(tmp_path: Path):
+    judge = mixing_of(tmp_path, drawn=["a"])
+    found = judge.judge(fake)
+    assert list(judge.summarise({name: {8: {0: found}} for name in ("b", "a", "other")})["drawn"]) == ["a", "other"]
+
+
 def test_what_is_read_decides_the_digest(tmp_path: Path):
     before = mixing_of(tmp_path).digest
     assert mixing_of(tmp_path, drawn=["a"], uncovered=[]).digest == before
@@ -126,7 +132,7 @@ def test_shipped_labels_are_those_of_the_documentation():
     root = Path(__file__).parents[3]
     config = {**CONFIG, "file": "data/alloys.extxyz", "group": "pseudo_binary", "order": "n_second"}
     config |= {"energy": "energy_r2scan", "others": {"PBE": "energy_pbe"}}
-    judge = Mixing.read(validate(MixingConfig, config, "test"), root)
+    judge = Mixing.read(validate(MixingConfig, config, "test"), root, [])
     assert judge.labels("energy_r2scan")["MgCaO"].round(3).tolist() == [0.312, 0.352, 0.224]
     assert judge.labels("energy_pbe")["AlBP"].round(3).tolist() == [0.669, 1.059, 0.948]
     assert len(judge.frames) == 30 < len(read(root / "data" / "alloys.extxyz", ":"))
