@@ -1,10 +1,12 @@
-"""Plots of mffm: parity and learning curves. matplotlib is imported when a plot is drawn."""
+"""Plots of mffm: parity, learning curves, properties. matplotlib is imported when a plot is drawn."""
 
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from mffm.errors import InputError
 
 Panel = tuple[str, str, np.ndarray, np.ndarray]  # title, unit, labels, predictions
 
@@ -19,7 +21,10 @@ COLORS = (
 
 
 def _pyplot() -> Any:
-    import matplotlib
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise InputError(f"a plot needs matplotlib ({error}); install it: pip install 'mffm[properties]'") from error
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
@@ -285,6 +290,58 @@ def against_composition(
     for axis in list(axes.flat)[len(panels) :]:
         axis.set_visible(False)
     figure.legend(list(handles.values()), list(handles), loc="outside upper center", ncols=2, frameon=False, fontsize=8)
+    figure.savefig(path)
+    plt.close(figure)
+
+
+def curves(path: Path, panels: Sequence[tuple[str, str, Mapping[str, tuple[Any, Any, str]]]]) -> None:
+    """Write one figure of panels side by side, linear axes.
+
+    Args:
+        panels: (x label, y label, name → (x [n], y [n], matplotlib's format such as "-" or "o")); a legend where a
+            panel has several names.
+    """
+    plt = _pyplot()
+    figure, axes = plt.subplots(1, len(panels), figsize=(4.2 * len(panels), 3.1), squeeze=False, layout="constrained")
+    for axis, (xlabel, ylabel, entries) in zip(axes[0], panels, strict=True):
+        for (name, (x, y, style)), color in zip(entries.items(), COLORS * len(entries), strict=False):
+            axis.plot(x, y, style, color=color, linewidth=1.2, markersize=4, label=name)
+        axis.set_xlabel(xlabel)
+        axis.set_ylabel(ylabel)
+        if len(entries) > 1:
+            axis.legend(frameon=False, fontsize=8)
+    figure.savefig(path)
+    plt.close(figure)
+
+
+def bands(
+    path: Path,
+    branches: Sequence[tuple[np.ndarray, np.ndarray]],
+    ticks: Sequence[tuple[float, str]],
+    density: tuple[np.ndarray, np.ndarray],
+) -> None:
+    """Write one figure of phonon bands beside their density of states.
+
+    Args:
+        branches: (distances [n_q], frequencies [n_q, n_bands], THz) of each piece of the path.
+        ticks: distance and name of the special points.
+        density: frequencies [n], THz, and density of states [n].
+    """
+    plt = _pyplot()
+    figure, (left, right) = plt.subplots(
+        1, 2, figsize=(6.4, 3.6), sharey=True, layout="constrained", gridspec_kw={"width_ratios": (3, 1)}
+    )
+    for distances, frequencies in branches:
+        left.plot(distances, frequencies, color=COLORS[0], linewidth=1)
+    for axis in (left, right):
+        axis.axhline(0, color="black", linewidth=0.5)
+    for distance, _ in ticks:
+        left.axvline(distance, color="black", linewidth=0.4)
+    left.set_xticks([d for d, _ in ticks], [name for _, name in ticks])
+    left.set_xlim(branches[0][0][0], branches[-1][0][-1])
+    left.set_ylabel("frequency, THz")
+    right.plot(density[1], density[0], color=COLORS[2], linewidth=1.2)
+    right.set_xlabel("density of states")
     figure.savefig(path)
     plt.close(figure)
 

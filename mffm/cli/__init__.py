@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from mffm import __version__
-from mffm.cli import benchmark, cluster, config, data, evaluation, release, study, training
+from mffm.cli import benchmark, cluster, config, data, evaluation, predict, properties, release, study, training
 from mffm.cli.output import complain
 from mffm.errors import InputError, told
 
@@ -33,6 +33,12 @@ COMMANDS = (  # in the order of ``mffm --help``
     release.release,
     release.inspect,
     release.diff,
+    predict.predict,
+    properties.relax,
+    properties.md,
+    properties.phonons,
+    properties.elastic,
+    properties.eos,
     cluster.runs,
     cluster.selftest,
 )

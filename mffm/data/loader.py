@@ -14,7 +14,7 @@ import torch
 
 from mffm.batch import Batch
 from mffm.data.bare import Bare, no_edges, outline
-from mffm.data.neighbors import neighbor_list, pad
+from mffm.data.neighbors import NeighborList, neighbor_list, pad
 from mffm.data.plan import Cursor, Plan, StepPlan
 from mffm.data.pools import bit
 from mffm.data.store import NO_CHARGE, Store
@@ -34,6 +34,7 @@ def pack(
     spin_multiplicity: Sequence[int] | np.ndarray | None = None,
     rows: Sequence[int] | np.ndarray | None = None,
     bare: bool = False,
+    lists: Sequence[NeighborList] | None = None,
 ) -> Batch:
     """Return structures as a batch without labels (all masks False, labels 0, weights 1).
 
@@ -48,6 +49,7 @@ def pack(
         rows: [n_systems], rows of the store; None: -1.
         bare: leave the edges to ``to``, which makes them on its device, unless the systems are too large for that
             (``mffm.data.bare.MAX_CANDIDATES``).
+        lists: the neighbor list of each system within the cutoff, as ``neighbor_list`` gives it, where it is known.
 
     Raises:
         InputError: a cell does not span the periodic directions.
@@ -56,7 +58,7 @@ def pack(
     n_atoms = np.array([len(g[0]) for g in geometries], np.int64)
     total = int(n_atoms.sum())
     further = outline(geometries, cutoff) if bare else None
-    edges = _edges(geometries, cutoff, dtype) if further is None else no_edges(dtype)
+    edges = _edges(geometries, cutoff, dtype, lists) if further is None else no_edges(dtype)
     cells = np.array([g[2] for g in geometries], np.float64)
     pbc = np.array([g[3] for g in geometries], bool)
     periodic = pbc.all(axis=1)
@@ -84,12 +86,15 @@ def pack(
 
 
 def _edges(
-    geometries: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]], cutoff: float, dtype: torch.dtype
+    geometries: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]],
+    cutoff: float,
+    dtype: torch.dtype,
+    lists: Sequence[NeighborList] | None,
 ) -> dict[str, Any]:
     """Return a batch's fields of edges, made on the host; see ``pack``."""
     receivers, senders, shifts, vectors, offset = [], [], [], [], 0
-    for _, positions, cell, pbc in geometries:
-        receiver, sender, shift = neighbor_list(positions, cell, pbc, cutoff)
+    for system, (_, positions, cell, pbc) in enumerate(geometries):
+        receiver, sender, shift = neighbor_list(positions, cell, pbc, cutoff) if lists is None else lists[system]
         vector = positions[sender] - positions[receiver]
         if pbc.any():
             vector += shift @ cell

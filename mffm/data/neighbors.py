@@ -7,12 +7,12 @@ import numpy as np
 
 from mffm.errors import InputError
 
+NeighborList = tuple[np.ndarray, np.ndarray, np.ndarray]  # receiver, sender [n_edges], shift [n_edges, 3]
+
 _local = threading.local()  # vesin's object keeps its buffers between calls, so a thread needs one of its own
 
 
-def neighbor_list(
-    positions: np.ndarray, cell: np.ndarray, pbc: np.ndarray, cutoff: float
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def neighbor_list(positions: np.ndarray, cell: np.ndarray, pbc: np.ndarray, cutoff: float) -> NeighborList:
     """Return every directed pair closer than ``cutoff``, images of an atom with itself included, sorted by receiver.
 
     Args:

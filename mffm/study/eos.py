@@ -1,45 +1,23 @@
 """Lattice constants and bulk moduli from equations of state, against those of a method with more labels."""
 
 import hashlib
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from ase import Atoms, units
-from ase.eos import EquationOfState
+from ase import Atoms
 
 from mffm.config.study import EosConfig
 from mffm.errors import InputError
+from mffm.properties.eos import fit
 from mffm.release import sha256
 from mffm.study.cells import Energies, Results, geometry, read_groups
 from mffm.study.tables import over_seeds, spread, table
 
 NAME = "eos"
 MEASURES = {"a": "a0", "b": "B"}
-
-
-def fit(volumes: np.ndarray, energies: np.ndarray) -> tuple[float, float] | None:
-    """Fit Birch-Murnaghan's equation of state.
-
-    Args:
-        volumes, energies: [n] Å³ and eV.
-
-    Returns:
-        volume of the minimum in Å³ and bulk modulus in GPa; None where the fit fails, its minimum lies outside the
-        volumes, or it is none.
-    """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of a minimum outside, which is looked at here
-            minimum, _, bulk = EquationOfState(volumes, energies, eos="birchmurnaghan").fit()
-    except (RuntimeError, ValueError):
-        return None
-    if not volumes.min() < minimum < volumes.max() or not 0 < bulk < np.inf:
-        return None
-    return float(minimum), float(bulk / units.GPa)
 
 
 @dataclass(frozen=True)
@@ -87,7 +65,10 @@ class Eos:
         for (name, cell), own in zip(self.cells.items(), all_energies.reshape(-1, len(scales)), strict=True):
             volume = cell.get_volume()
             fitted = fit(volume * scales**3, own)
-            found[name] = fitted and {"a": float(cell.cell.lengths()[0] * np.cbrt(fitted[0] / volume)), "b": fitted[1]}
+            found[name] = fitted and {
+                "a": float(cell.cell.lengths()[0] * np.cbrt(fitted.volume / volume)),
+                "b": fitted.bulk_modulus,
+            }
         return found
 
     def summarise(self, results: Results) -> dict[str, Any]:

@@ -5,18 +5,28 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from ase import Atoms
 from ase.build import bulk, molecule
 from ase.units import Bohr
 from dftd3.ase import DFTD3
 
 from mffm.batch import reference_energy
+from mffm.config.base import validate
+from mffm.config.model import ModelConfig
 from mffm.data.loader import evaluation_batches
+from mffm.data.references import ElementReferences
 from mffm.data.store import Store
 from mffm.deploy.ase import Calculator
 from mffm.errors import InputError
+from mffm.fidelity import Fidelity, FidelityTable
 from mffm.models.d3 import WIDTH
-from mffm.release import load
+from mffm.release import Loaded, PotentialSpec, load
+
+TINY_BACKBONE = {
+    "cutoff": 4.0, "lmax": 1, "l_message": 1, "layers": 1, "channels": 8, "edge_channels": 8,
+    "n_radial": 4, "radial_hidden": 8, "ff_expansion": 1, "body_order": 3,
+}  # fmt: skip
 
 
 def test_equals_the_potential_with_references(tiny_release: Path, molecule_store: Path):
@@ -148,3 +158,47 @@ def test_a_structure_that_cannot_be_calculated(tiny_release: Path, change: Calla
 def test_a_device_that_is_not_there(tiny_release: Path, device: str):
     with pytest.raises(InputError, match=f"device '{device}' cannot be used"):
         Calculator(tiny_release, fidelity="pbe", device=device)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_kept_neighbor_lists_change_nothing_along_a_trajectory(tiny_release: Path, dtype: str):
+    rng = np.random.default_rng(0)
+    atoms = bulk("C", "diamond", 3.7, cubic=True)
+    kept, plain = (Calculator(tiny_release, "gfn2", dtype, skin=skin) for skin in (0.4, 0.0))
+    for step in range(30):
+        atoms.positions += rng.normal(0, 0.02, atoms.positions.shape)
+        if step % 3 == 0:
+            atoms.set_cell(atoms.cell.array @ (np.eye(3) + rng.normal(0, 2e-3, (3, 3))), scale_atoms=True)
+        for name in ("energy", "forces", "stress"):
+            a, b = kept.get_property(name, atoms), plain.get_property(name, atoms)
+            np.testing.assert_allclose(a, b, rtol=0, atol=1e-10 if dtype == "float64" else 1e-4)
+    assert plain.neighbors.n_made == 30
+    assert kept.neighbors.n_made < 20
+    with pytest.raises(InputError, match="skin -1 Å"):
+        Calculator(tiny_release, "gfn2", skin=-1)
+
+
+def test_charge_and_spin_are_taken_from_the_structure():
+    torch.manual_seed(0)
+    backbone = {**TINY_BACKBONE, "charge_and_spin": True}
+    config = validate(ModelConfig, {"backbone": backbone, "heads": {"hidden": [8]}}, "test")
+    references = ElementReferences.from_dict({"references": {"pbe": {"H": -1.0, "O": -2.0}}})
+    spec = PotentialSpec(config, FidelityTable([Fidelity("pbe", "PBE")]), references, avg_neighbors=2.0, scale=1.0)
+    potential = spec.build()
+    with torch.no_grad():  # the embeddings start at zero
+        for name, parameter in potential.named_parameters():
+            if "charges" in name or "spins" in name:
+                parameter.normal_()
+    atoms = molecule("H2O", calculator=Calculator(Loaded(spec, potential, Path("test"), "best", ""), "pbe"))
+    energies = {}
+    for charge, spin in ((0, 1), (1, 1), (1, 2), (0, 1)):
+        atoms.info.update(charge=charge, spin_multiplicity=spin)
+        energies.setdefault((charge, spin), []).append(atoms.get_potential_energy())
+    assert len({e[0] for e in energies.values()}) == 3
+    assert energies[0, 1][0] == energies[0, 1][1]
+    atoms.info["charge"] = 0.5
+    with pytest.raises(InputError, match=r"atoms.info\['charge'\] = 0.5: expected a whole number"):
+        atoms.get_potential_energy()
+    atoms.info["charge"] = 99
+    with pytest.raises(InputError, match=r"charge 99: model.backbone.charge_and_spin covers"):
+        atoms.get_potential_energy()

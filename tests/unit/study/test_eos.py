@@ -15,11 +15,10 @@ from mffm.config.base import validate
 from mffm.config.study import EosConfig
 from mffm.data.records import Geometry
 from mffm.errors import InputError
-from mffm.study.eos import Eos, fit, section
+from mffm.study.eos import Eos, section
 
 CONFIG: dict[str, Any] = {"file": "cells.extxyz", "group": "binary", "uncovered": ["MgO"], "against": "hf_all"}
 V0 = 75.0
-VOLUMES = np.linspace(65, 85, 9)
 
 
 def energy(volume: np.ndarray, v0: float = V0, bulk_modulus: float = 160.0) -> np.ndarray:
@@ -38,17 +37,6 @@ def of_curve(**kwargs: float) -> Any:
         return energy(np.array([abs(np.linalg.det(cell)) for _, _, cell, _ in structures]), **kwargs)
 
     return energies
-
-
-def test_fit_of_a_known_curve():
-    v0, bulk_modulus = fit(VOLUMES, energy(VOLUMES)) or (0, 0)
-    assert v0 == pytest.approx(V0, rel=1e-5)
-    assert bulk_modulus == pytest.approx(160, rel=1e-4)
-
-
-@pytest.mark.parametrize("energies", [energy(VOLUMES, v0=100.0), -energy(VOLUMES), np.full(9, np.nan), VOLUMES * 0.1])
-def test_no_minimum_is_no_number(energies: np.ndarray):
-    assert fit(VOLUMES, energies) is None
 
 
 def test_cells_of_a_file_against_a_method(tmp_path: Path):
