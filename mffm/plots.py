@@ -227,8 +227,10 @@ def label_curves(
     plt = _pyplot()
     rows = -(-len(panels) // columns)
     names = list(dict.fromkeys(name for entries in panels.values() for name in entries))
-    in_a_row = 3 if columns > 1 else 1  # titles of methods are half as long as a panel is wide
-    size = (4.2 * columns, 3.3 * rows + (0.6 if columns > 1 else 0.2 * len(names)))
+    width = 4.2 * columns
+    longest = max(map(len, names), default=0) + 8  # in letters, the key included; an inch holds 18
+    in_a_row = max(1, min(3, int(18 * width / longest)))
+    size = (width, 3.3 * rows + 0.18 * -(-len(names) // in_a_row))
     figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
     handles: dict[str, Any] = {}
     for axis, (ylabel, entries) in zip(axes.flat, panels.items(), strict=False):
