@@ -195,6 +195,11 @@ def _main(connection: Connection, work: Work) -> None:
             record = Record(name, time.monotonic() - started, result, task.doubt(items[name], result))
         except FloatingPointError as error:
             record = Record(name, time.monotonic() - started, reason="not finite", message=str(error))
+        except ImportError as error:  # true of every structure, and mended by an installation: nobody's failure
+            traceback.print_exc()
+            message = f"{name}: {error}; install it, e.g. pip install 'mffm[properties,d3]'"
+            connection.send(("cannot start", message))
+            return
         except Exception as error:  # noqa: BLE001 - whatever a calculator raises is this structure's failure
             print(f"{name}:\n{traceback.format_exc()}", file=sys.stderr, flush=True)
             message = " ".join(f"{type(error).__name__}: {error}".split())[:500]

@@ -1,5 +1,6 @@
 """ASE's EMT with faults on chosen structures, and a task of small clusters: imported by workers by its name."""
 
+import importlib
 import os
 import signal
 import time
@@ -55,6 +56,13 @@ class Unbuildable(EMT):
 
     def __init__(self) -> None:
         raise OSError("weights.pth: not found")
+
+
+class Lacking(EMT):
+    """EMT that asks for a package when it computes, as tasks and some calculators do."""
+
+    def calculate(self, *args: Any, **kwargs: Any) -> None:
+        importlib.import_module("no_such_package")
 
 
 def chain(n: int) -> Atoms:

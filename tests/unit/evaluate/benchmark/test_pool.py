@@ -63,3 +63,10 @@ def test_a_calculator_that_cannot_be_built_is_an_error_of_the_user(tmp_path: Pat
 
 def test_nothing_to_do_starts_nothing(tmp_path: Path):
     assert list(compute(work(tmp_path, "ase:no_such_module:X"), [], 4, limit=1.0)) == []
+
+
+def test_a_missing_package_ends_the_run_and_is_no_failure_of_a_structure(tmp_path: Path):
+    with pytest.raises(
+        InputError, match=r"Cu2: No module named 'no_such_package'; install it, .*mffm\[properties,d3\]"
+    ):
+        list(compute(work(tmp_path, "ase:faulty_emt:Lacking"), ["Cu2"], 1, limit=60.0))
