@@ -78,6 +78,12 @@ def benchmark(
         Options(corrected_energies, kappa_displacement),
     )
     mapped = source.parse_map(fidelity_map or [], list(suites.TASKS))
+    if potential.startswith(source.FOREIGN) and (fidelity or fidelity_map):
+        option = "--fidelity" if fidelity else "--fidelity-map"
+        raise InputError(
+            f"{option} {(fidelity or fidelity_map or [])[0]!r} with {potential}: a factory has none; give its own "
+            "argument by --with, e.g. --with modal=r2scan"
+        )
     keywords = source.parse_arguments(arguments or [])
     folder = output or Path("runs/benchmarks") / Path(potential.replace(":", "-")).name
     labels: list[str | None] = [*fidelity] if fidelity else [None]

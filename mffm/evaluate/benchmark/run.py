@@ -20,8 +20,9 @@ from mffm.evaluate.benchmark import suites
 from mffm.evaluate.benchmark.pool import Record, Work, compute
 from mffm.evaluate.benchmark.source import Source
 from mffm.evaluate.benchmark.task import DataFile, Options, Presence, Score, Task, name_of
+from mffm.evaluate.matbench_discovery.phonondb import Kappa103, transport
 from mffm.executor import locked, machine
-from mffm.release import write_json
+from mffm.release import sha256, write_json
 
 FORMAT = 1
 Progress = Callable[[str, int, int], None]  # task, structures done, structures in all
@@ -135,13 +136,31 @@ def _named(items: Mapping[str, Any], wanted: Sequence[str], task: str) -> list[s
 
 
 def _identity(source: Source, task: Task, settings: Settings) -> dict[str, Any]:
-    return {
+    found = {
         "format": FORMAT,
         "task": name_of(task),
         "fidelity": source.fidelity,
         **source.identity(),
         "options": asdict(settings.options),
     }
+    # Files with a checksum were checked against it.
+    data = {f.path: _digest(settings.data / f.path) for f in task.files if f.checksum is None}
+    if data:
+        found["data_sha256"] = data
+    if isinstance(task, Kappa103):  # phono3py decides the formulation, and their values differ
+        try:
+            found["transport"] = transport()
+        except ImportError as error:
+            raise InputError(f"{found['task']}: {error}; install it, e.g. pip install 'mffm[properties]'") from error
+    return found
+
+
+def _digest(path: Path) -> str:
+    """Return the SHA-256 of a file, or of the names and digests of all files of a folder."""
+    if not path.is_dir():
+        return sha256(path)
+    lines = (f"{p.relative_to(path).as_posix()} {sha256(p)}\n" for p in sorted(path.rglob("*")) if p.is_file())
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def _agree(path: Path, identity: Mapping[str, Any]) -> None:

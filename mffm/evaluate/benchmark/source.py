@@ -73,13 +73,18 @@ class Source:
         return Calculator(self.spec, self.fidelity, **self.arguments)
 
     def identity(self) -> dict[str, Any]:
-        """Return what must be equal for results to belong together."""
+        """Return what must be equal for results to belong together, with the digests of files that arguments name."""
         found: dict[str, Any] = {"potential": self.spec, "arguments": dict(self.arguments)}
         if self.is_foreign:
             module = importlib.import_module(self.spec.removeprefix(FOREIGN).partition(":")[0])
             package = module.__name__.partition(".")[0]
             found["version"] = str(getattr(importlib.import_module(package), "__version__", "not known"))
             found["file"] = Path(inspect.getfile(module)).name
+            named = {k: Path(v) for k, v in self.arguments.items() if isinstance(v, str) and Path(v).is_file()}
+            if named:
+                from mffm.release import sha256
+
+                found["argument_files"] = {k: sha256(path) for k, path in named.items()}
         else:
             from mffm.release import load
 

@@ -33,6 +33,7 @@ LABELS = DataFile(
     "columns mp_id, max_freq (K), entropy, free_energy, heat_capacity (J/K/mol, kJ/mol, J/K/mol); beside it a phonopy "
     "file mp_id.yaml.bz2 for each",
 )
+PHONONS = DataFile("lambench/MDR_PBE_phonon/", LABELS.published, "mp_id.yaml.bz2 for each row of pbe.csv")
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,7 @@ class PhononMdr:
 
     name, suite = "phonon_mdr", LAMBENCH
     title = "phonons of the MDR set"
-    files = (LABELS,)
+    files = (LABELS, PHONONS)
 
     def load(self, data: Path) -> Mapping[str, Phonons]:
         folder = (data / LABELS.path).parent

@@ -72,6 +72,11 @@ def test_data_are_checked(public_data: Path, tmp_path: Path):
         (["ase:ase.calculators.emt:EMT", "--task", "elastic"], "no task 'elastic'"),
         (["ase:ase.calculators.emt:EMT", "--data", "x", "--with", "mode"], "expected name=value"),
         (["ase:ase.calculators.emt:EMT", "--data", "x", "--fidelity-map", "elastic=pbe"], "no task 'elastic'"),
+        (["ase:ase.calculators.emt:EMT", "--data", "x", "--fidelity", "pbe"], "'pbe' with ase:.*: a factory has none"),
+        (
+            ["ase:ase.calculators.emt:EMT", "--data", "x", "--fidelity-map", "lambench/elastic=pbe"],
+            "a factory has none; give its own argument by --with",
+        ),
     ],
 )
 def test_mistakes_are_told(arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch):

@@ -1,5 +1,7 @@
 """Which potential is judged, and at which fidelity."""
 
+from pathlib import Path
+
 import pytest
 from ase.calculators.emt import EMT
 
@@ -38,6 +40,16 @@ def test_identity_tells_potentials_apart():
     one = Source("ase:ase.calculators.emt:EMT").identity()
     assert one["version"].startswith("3.")
     assert one != Source("ase:ase.calculators.emt:EMT", arguments={"asap_cutoff": True}).identity()
+
+
+def test_identity_tells_two_checkpoints_of_one_name_apart(tmp_path: Path):
+    checkpoint = tmp_path / "checkpoint_best.pth"
+    found = []
+    for content in (b"first", b"second"):
+        checkpoint.write_bytes(content)
+        found.append(Source("ase:ase.calculators.emt:EMT", arguments={"model": str(checkpoint), "n": 3}).identity())
+    assert found[0] != found[1]
+    assert list(found[0]["argument_files"]) == ["model"]
 
 
 def test_arguments_are_read_as_yaml():
