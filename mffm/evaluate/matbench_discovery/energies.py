@@ -1,4 +1,4 @@
-"""From a total energy to a formation energy and a hull distance: MP2020 corrections and elemental references.
+"""From a total energy to a formation energy: MP2020 corrections and elemental references.
 
 A formation energy of the suite is (E + MP2020 correction − Σ n_i µ_i) / N with the *uncorrected* Materials Project
 energies µ_i of the elements (2023-02-07). The correction is that of the predicted energy in the predicted structure
@@ -10,7 +10,7 @@ import gzip
 import json
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -79,29 +79,3 @@ def corrected_energy(structure: "Structure", energy: float) -> float | None:
         warnings.simplefilter("ignore")  # guesses of oxidation states that fail, one line a structure
         processed = _compatibility().process_entry(entry, clean=True, inplace=False)
     return None if processed is None else float(processed.energy)
-
-
-def hull_distances(structures: Sequence[tuple["Structure", float]], reference_entries: Sequence[Any]) -> list[float]:
-    """Return distances to the hull of the reference entries, eV/atom; below the hull is negative, as the suite has it.
-
-    Args:
-        structures: structure and corrected total energy, eV.
-        reference_entries: pymatgen entries that span the hull, energies corrected; the hull stays as it is.
-    """
-    from pymatgen.analysis.phase_diagram import PDEntry, PhaseDiagram
-
-    diagrams: dict[frozenset[str], PhaseDiagram] = {}
-    found = []
-    for structure, energy in structures:
-        elements = frozenset(e.symbol for e in structure.composition.elements)
-        if elements not in diagrams:
-            within = [e for e in reference_entries if {x.symbol for x in e.composition.elements} <= elements]
-            missing = elements - {e.composition.elements[0].symbol for e in within if len(e.composition.elements) == 1}
-            if missing:
-                raise InputError(f"hull of {'-'.join(sorted(elements))}: no entry of the element {sorted(missing)[0]}")
-            diagrams[elements] = PhaseDiagram(within)
-        entry = PDEntry(structure.composition, energy)
-        distance = diagrams[elements].get_e_above_hull(entry, allow_negative=True)
-        assert distance is not None
-        found.append(float(distance))
-    return found

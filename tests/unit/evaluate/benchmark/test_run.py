@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -85,6 +86,37 @@ def test_a_run_is_exact_and_tells_its_subset(data: Path, tmp_path: Path):
 
     with pytest.raises(InputError, match=r"has results of potential 'ase:ase.calculators.emt:EMT', this run is of"):
         run.run_task(Source("ase:ase.calculators.lj:LennardJones"), NAME, run.Settings(data, limit=5), tmp_path, silent)
+
+
+def test_a_run_does_not_go_on_with_other_data(data: Path, tmp_path: Path):
+    own = tmp_path / "data"
+    shutil.copytree(data, own)
+    emt, settings = Source("ase:ase.calculators.emt:EMT"), run.Settings(own, structures=("PLF-0",))
+    run.run_task(emt, NAME, settings, tmp_path / "out", silent)
+    run.run_task(emt, NAME, settings, tmp_path / "out", silent)
+    labels = own / "lambench" / "PLF547" / "labels.npy"
+    np.save(labels, np.load(labels) + 1)
+    with pytest.raises(InputError, match="has results of data_sha256"):
+        run.run_task(emt, NAME, settings, tmp_path / "out", silent)
+    before = run._digest(own)
+    np.save(labels, np.load(labels) + 1)
+    assert run._digest(own) != before  # of a folder
+
+
+def test_a_run_of_kappa_does_not_go_on_in_another_formulation(public_data: Path, tmp_path: Path):
+    pytest.importorskip("phono3py", reason="needs phono3py: pip install 'mffm[properties]'")
+    name = "matbench-discovery/kappa103"
+    emt, settings = Source("ase:ase.calculators.emt:EMT"), run.Settings(public_data, structures=("mp-1265",))
+    done = run.run_task(emt, name, settings, tmp_path, silent)
+    assert isinstance(done, run.Finished)
+    assert "No EMT-potential" in done.records[0].message  # of magnesium
+    assert not (done.folder / "phonons-kappa-103.json.gz").exists()  # a part is no submission
+    path = done.folder / "identity.json"
+    identity = json.loads(path.read_text())
+    other = {"MS-SMM19": "SMM19", "SMM19": "MS-SMM19"}[identity["transport"]]
+    path.write_text(json.dumps({**identity, "transport": other}))
+    with pytest.raises(InputError, match=f"has results of transport '{other}'"):
+        run.run_task(emt, name, settings, tmp_path, silent)
 
 
 def test_missing_data_are_named_and_the_task_is_not_run(tmp_path: Path):

@@ -88,18 +88,3 @@ def test_an_element_without_reference_is_named():
     assert energies.formation_energy(["Na", "Cl", "Cl"], -10.0, {"Na": -1.0, "Cl": -3.0}) == pytest.approx(-1)
     with pytest.raises(InputError, match="energy of Og, Po"):
         energies.formation_energy(["Na", "Po", "Og"], -10.0, {"Na": -1.0})
-
-
-def test_hull_distances_of_a_hull_by_hand():
-    from pymatgen.analysis.phase_diagram import PDEntry
-    from pymatgen.core import Composition, Lattice, Structure
-
-    reference = [PDEntry(Composition("Cu"), 0.0), PDEntry(Composition("Au"), 0.0), PDEntry(Composition("CuAu"), -0.4)]
-    cell = Lattice.cubic(4)
-    three_to_one = Structure(cell, ["Cu", "Cu", "Cu", "Au"], np.eye(4, 3) / 2)
-    one_to_one = Structure(cell, ["Cu", "Au"], [[0, 0, 0], [0.5, 0.5, 0.5]])
-    # CuAu at −0.2 eV/atom and Cu at 0: the line passes −0.1 eV/atom at Cu3Au.
-    found = energies.hull_distances([(three_to_one, 0.0), (three_to_one, -0.6), (one_to_one, -0.5)], reference)
-    assert found == pytest.approx([0.1, -0.05, -0.05])
-    with pytest.raises(InputError, match="no entry of the element Cu"):
-        energies.hull_distances([(one_to_one, 0.0)], reference[1:])

@@ -37,6 +37,10 @@ def test_the_set_has_972_crystals_and_the_energies_that_were_published(public_da
     assert len(found) == 972
     assert found["wbm-3-38149"].e_form == pytest.approx(-0.2915, abs=2e-3)
     assert 0.7 < np.abs([m.e_form for m in found.values()]).mean() / 0.8 < 1.4
+    perfect = {"rmsd": 0.0, "symmetry 1e-05": [[1, 1], [1, 1]]}
+    score = wbm.Wbm972().score(found, {i: {"e_form": m.e_form, **perfect} for i, m in found.items()})
+    assert (score.n, score.metrics["MAE"]) == (972, 0)
+    assert not score.compare  # an easier task than the one of the published rows
 
 
 def test_emt_end_to_end_with_artefacts(metals: dict[str, wbm.Material], tmp_path: Path):
@@ -101,7 +105,9 @@ def whole_layout(metals: dict[str, wbm.Material], public_data: Path, tmp_path: P
     return [*files, public_data / wbm.REFERENCES.path]
 
 
-def test_the_whole_set_is_read_from_the_suites_files(whole_layout: list[Path], metals: dict[str, wbm.Material]):
+def test_the_whole_set_is_read_from_the_suites_files(
+    whole_layout: list[Path], metals: dict[str, wbm.Material], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     materials = wbm.read_whole(*whole_layout)
     assert list(materials) == list(metals)[:N]
     first = materials[next(iter(materials))]
@@ -116,6 +122,13 @@ def test_the_whole_set_is_read_from_the_suites_files(whole_layout: list[Path], m
     assert (score.metrics["F1"], score.metrics["MAE"], score.metrics["rmsd"]) == (1, pytest.approx(0, abs=1e-12), 0)
     assert "2 of 256,963" in score.remark
     assert not score.compare
+    assert not score.submission
+    task.write(materials, results, tmp_path)
+    assert not (tmp_path / "discovery.csv.gz").exists()
+
+    monkeypatch.setattr(wbm, "N_WBM", N)  # as if the suite had no more than these
+    score = task.score(materials, results)
+    assert score.compare
     assert score.submission["discovery"]["unique_prototypes"]["TP"] == 1
     assert score.submission["discovery"]["full_test_set"]["TN"] == 1
     assert score.submission["geo_opt"]["symprec=1e-5"]["n_structures"] == N
