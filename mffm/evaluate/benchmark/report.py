@@ -21,6 +21,7 @@ NAMED = (  # of the 62 rows of Matbench Discovery, from the first generation to 
     "PET-OAM-XL",
 )  # fmt: skip
 FAILURES_SHOWN = 40
+SIGNED = ("κ_SRD",)  # the nearer to 0 the better
 SPOKES_OF = 3  # published models in the radar plot
 HIGHER_IS_BETTER = ("F1", "DAF", "Precision", "Recall", "Accuracy", "R2", "success_rate", "symmetry_match")
 Runs = Mapping[str, Sequence[Outcome]]  # label of a run (a fidelity) → its tasks
@@ -78,13 +79,15 @@ def _suite(suite: str, runs: Runs, folder: Path) -> str:
     parts = [f"## {suite}\n\nPublished rows: {source}."]
     for by_run in found.values():
         first = next(iter(by_run.values()))
+        # A part of a set, easier or harder than the whole, is never put beside published rows.
+        compare = first.score.compare if all(o.is_whole for o in by_run.values()) else {}
         labels = list(by_run)
         rows = []
         for metric in first.score.metrics:
             values = [by_run[x].score.metrics.get(metric) for x in labels]
-            rows.append([metric, *values, *_gain(metric, values), *_published(suite, first, metric)])
+            rows.append([metric, *values, *_gain(metric, values), *_published(suite, first.task.name, compare, metric)])
         models = NAMED if suite == MATBENCH_DISCOVERY else tuple(published.lambench())
-        shown = models if first.score.compare else ()
+        shown = models if compare else ()
         header = ["metric", *labels, *(["gain"] if len(labels) > 1 else []), *shown]
         counts = ", ".join(f"{x}: {o.score.n - o.score.n_failed} of {o.score.n} structures" for x, o in by_run.items())
         remark = f" {first.score.remark}." if first.score.remark else ""
@@ -99,18 +102,19 @@ def _gain(metric: str, values: Sequence[float | None]) -> list[str]:
     if len(values) < 2:
         return []
     first, last = values[0], values[-1]
+    if metric in SIGNED:
+        first, last = (None if v is None else abs(v) for v in (first, last))
     if first is None or last is None or not first or math.isnan(first) or math.isnan(last):
         return ["–"]
     better = last - first if metric in HIGHER_IS_BETTER else first - last
     return [f"{100 * better / abs(first):+.0f} %"]
 
 
-def _published(suite: str, finished: Finished, metric: str) -> list[float | None]:
-    if not finished.score.compare:
+def _published(suite: str, name: str, compare: Mapping[str, str], metric: str) -> list[float | None]:
+    if not compare:
         return []
-    key = finished.score.compare.get(metric)
+    key = compare.get(metric)
     if suite == LAMBENCH:
-        name = finished.task.name
         rows = [
             {**m["property"].get(name, {}), **m["force_field"].get(name, {}), "M_IS": m["M_IS"]}
             for m in published.lambench().values()
@@ -129,7 +133,7 @@ def _aggregates(folder: Path, runs: Runs) -> str:
         done = [o for o in outcomes if isinstance(o, Finished) and o.is_whole and o.score.compare]
         metrics = {o.task.name: o.score.metrics for o in done if o.task.suite == LAMBENCH}
         properties = {t: m for t, m in metrics.items() if t in scores.PROPERTY}
-        forces = {t: m for t, m in metrics.items() if t in scores.FORCE_FIELD and m["force_rmse"] is not None}
+        forces = {t: m for t, m in metrics.items() if t in scores.FORCE_FIELD and scores.is_scorable(t, m)}
         sets[label] = (forces, properties)
         rows += [[label, name, value] for name, value in _normalised(forces, properties).items()]
         found = scores.aggregate(forces, properties)

@@ -39,6 +39,8 @@ FOLDERS = {
     "Cu_MgO_catalysts": "Cu_MgO_CO2",
     "HPt_NC_2022": "HPt_NC2022",
 }
+# Frames of the suite's sets where they are known; of the others nobody can say whether a set is the suite's.
+N_OF_SUITE = {"REANN_CO2_Ni100": 991}
 LAYOUT = (
     "folders of DeePMD's npy: type_map.raw, type.raw (or set.*/real_atom_types.npy), set.*/ with coord, box, energy, "
     "force and, where there is one, virial"
@@ -169,13 +171,17 @@ class ForceField:
             if virials:
                 metrics["virial_rmse_natoms"] = MEV * float(np.sqrt(sum(virials) / (9 * len(virials))))
             label, value = label / n_atoms, value / n_atoms
+        whole = N_OF_SUITE.get(self.name)
+        part = "the suite's number of frames is not known" if whole is None else f"{len(items)} of {whole} frames"
+        is_whole = len(items) == whole
+        biases = "element biases of this set are removed from the energies"
         return Score(
             metrics,
             "meV/atom, meV/Å",
             len(items),
             len(items) - len(done),
-            {k: k for k in ("energy_rmse_natoms", "force_rmse", "virial_rmse_natoms")},
-            "element biases of this set are removed from the energies",
+            {k: k for k in ("energy_rmse_natoms", "force_rmse", "virial_rmse_natoms")} if is_whole else {},
+            biases if is_whole else f"{part}: not to be compared with the leaderboard, and no part of M_FF; {biases}",
             [("energy", "eV/atom", label, value)] if done else (),
         )
 

@@ -98,7 +98,12 @@ PROPERTY: dict[str, PropertyTask] = {
 WITH_VIRIAL, WITHOUT_VIRIAL = (0.45, 0.45, 0.1), (0.5, 0.5, 0.0)
 SLOPE_OF_NO_DRIFT = 5e-4  # eV/atom/ps in the suite's units
 WORST_DRIFT = 5.0  # also of a trajectory that did not end
-EFFICIENCY_SCALE = 100.0  # µs/atom
+
+
+def is_scorable(task: str, metrics: Mapping[str, float | None]) -> bool:
+    """Return whether a force field's energy, force and, where the suite scores it, virial are there."""
+    needed = ("energy_rmse_natoms", "force_rmse", *(["virial_rmse_natoms"] if FORCE_FIELD[task].virial else []))
+    return all(metrics.get(name) is not None for name in needed)
 
 
 def force_field_errors(task: str, metrics: Mapping[str, float | None], omol: bool = False) -> dict[str, float]:
@@ -196,11 +201,6 @@ def instability(slopes: Sequence[float | None]) -> float:
             drift = math.log10(slope / SLOPE_OF_NO_DRIFT) if slope > 0 else 0.0
             values.append(min(max(drift, 0.0), WORST_DRIFT))
     return float(np.mean(values))
-
-
-def efficiency(microseconds_per_atom: float) -> float:
-    """Return M_E = 100 / (µs/atom); the suite measures on one GPU, so only like machines may be compared."""
-    return EFFICIENCY_SCALE / microseconds_per_atom
 
 
 @dataclass(frozen=True)

@@ -101,7 +101,8 @@ class TorsionTask:
         metrics: dict[str, float | None] = {
             "MAE": float(np.abs(value - label).mean()) if done else None,
             "MAEB": float(barriers.mean()) if done else None,
-            "NABH_h": int((barriers > HIGH_BARRIER_ERROR).sum()) if done else None,
+            # A fragment that failed has no barrier within 1 kcal/mol.
+            "NABH_h": int((barriers > HIGH_BARRIER_ERROR).sum()) + len(items) - len(done),
             "RMSE": float(np.sqrt(np.square(value - label).mean())) if done else None,
         }
         is_whole = self.is_suite and len(items) == N_OF_SUITE

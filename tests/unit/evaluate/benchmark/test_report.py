@@ -1,5 +1,6 @@
 """The page of a run: aggregates of a published model from its tasks, gains of a fidelity, failures and figures."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -64,3 +65,26 @@ def test_gains_and_failures(tmp_path: Path):
     assert "| pbe | lambench/elastic | mp-1 | time limit | more than 2 s |" in page
     assert "| pbe | lambench/elastic | mp-2 | absurd | G -5 GPa; counts, as in the suite |" in page
     assert "| pbe | lambench/elastic | 2 | 3 | 1.5 | 2 |" in page  # timings
+
+
+def test_a_part_of_a_set_stands_beside_no_published_rows(tmp_path: Path):
+    name = f"{LAMBENCH}/rxn_barrier"
+    whole = finished(tmp_path, name, {"MAE": 10.0})
+    part = replace(whole, n_of_set=876)
+    assert "DPA-3.2-5M" in report.write(tmp_path, "x", {"pbe": [whole]}).read_text()
+    assert "DPA-3.2-5M" not in report.write(tmp_path, "x", {"pbe": [part]}).read_text()
+    assert "DPA-3.2-5M" not in report.write(tmp_path, "x", {"pbe": [whole], "r2scan": [part]}).read_text()
+
+
+def test_a_force_field_set_without_virials_is_left_out_where_they_are_scored(tmp_path: Path):
+    metrics = {"energy_rmse_natoms": 10.0, "force_rmse": 100.0}
+    done = [finished(tmp_path, f"{LAMBENCH}/{name}", metrics) for name in ("MoS2", "AQM")]
+    page = report.write(tmp_path, "x", {"pbe": done}).read_text()
+    assert "| pbe | AQM force |" in page
+    assert "| pbe | MoS2 " not in page
+
+
+def test_the_gain_of_a_signed_metric_is_of_its_distance_from_zero(tmp_path: Path):
+    low, high = (finished(tmp_path, f"{MATBENCH_DISCOVERY}/kappa103", {"κ_SRD": v}) for v in (-0.4, 0.1))
+    page = report.write(tmp_path, "x", {"pbe": [low], "r2scan": [high]}).read_text()
+    assert "| κ_SRD | -0.4 | 0.1 | +75 % |" in page

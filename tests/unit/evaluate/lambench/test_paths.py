@@ -14,7 +14,7 @@ from ase.io import write
 
 from mffm.errors import InputError
 from mffm.evaluate.benchmark.task import Options, Score, Task
-from mffm.evaluate.lambench import force_field, neb, nve_md, pressure, stacking_fault
+from mffm.evaluate.lambench import force_field, neb, nve_md, pressure, scores, stacking_fault
 
 
 class Wrong(EMT):
@@ -90,6 +90,10 @@ def test_neb_takes_the_frame_that_dft_finds_highest(tmp_path: Path):
         "ø_Dissociation": 100.0, "ø_Transfer": 0.0, "success_rate": 100.0,
     }  # fmt: skip
     assert "4 of 460" in score.remark
+    # A path without a result has no barrier within 0.1 eV: whoever computes none is as bad as the dummy, not perfect.
+    failed = neb.TASK.score(neb.TASK.load(tmp_path), {}).metrics
+    assert [failed[k] for k in neb.KINDS.values()] == [100.0, 100.0, 100.0]
+    assert scores.aggregate({}, {"neb": failed}).property_domains[scores.CATALYSIS] == 1.0
 
 
 def test_pressure_compresses(tmp_path: Path):
@@ -170,6 +174,22 @@ def test_force_fields_lose_element_biases_and_keep_the_rest(frames: Path):
     assert wrong.metrics["energy_rmse_natoms"] == pytest.approx(0, abs=1e-6)  # a bias by element alone
     assert wrong.metrics["force_rmse"] == pytest.approx(300 / 3**0.5)
     assert wrong.metrics["force_mae"] == pytest.approx(100)
+
+
+def test_force_fields_are_compared_where_the_set_is_known_to_be_the_suites():
+    frame = force_field.Frame(bulk("Cu"), 0.0, np.zeros((1, 3)), None)
+    result = {"energy": 0.0, "force_squares": 0.0, "force_sum": 0.0, "largest": 0.0}
+
+    def score(name: str, n: int) -> Score:
+        ids = [str(k) for k in range(n)]
+        return force_field.ForceField(name).score(dict.fromkeys(ids, frame), dict.fromkeys(ids, result))
+
+    whole, part, unknown = score("REANN_CO2_Ni100", 991), score("REANN_CO2_Ni100", 990), score("AQM", 991)
+    assert "force_rmse" in whole.compare
+    assert not part.compare
+    assert "990 of 991 frames: not to be compared" in part.remark
+    assert not unknown.compare
+    assert "the suite's number of frames is not known: not to be compared" in unknown.remark
 
 
 def test_d3_is_added_where_the_suite_adds_it(frames: Path):

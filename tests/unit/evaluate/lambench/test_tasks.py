@@ -170,6 +170,8 @@ def test_torsionnet_counts_barriers_more_than_1_kcal_off(tmp_path: Path):
     assert score.metrics["MAEB"] == pytest.approx(0.5, abs=1e-6)
     assert score.metrics["MAE"] == pytest.approx(1.5 / 12, abs=1e-6)
     assert "3 of 500" in score.remark
+    items = torsionnet.TASK.load(tmp_path)
+    assert torsionnet.TASK.score(items, {}).metrics["NABH_h"] == 3  # what failed is not within 1 kcal/mol
 
 
 def test_binding_needs_its_three_parts(tmp_path: Path):
