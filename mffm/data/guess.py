@@ -26,6 +26,11 @@ NO_TOTAL_ENERGY = re.compile(
 )
 FORCES_NAME = re.compile(r"force|grad|^f$|^f[_-]|[_-]f$", re.IGNORECASE)
 STRESS_NAME = re.compile(r"stress|virial", re.IGNORECASE)
+# What says the quantity in a key's name; the rest says the level. Forces that ASE writes go with free energies too.
+QUANTITY = re.compile(
+    r"(free|tot(al)?)?[_-]?energy|toten|e_?tot|forces?|gradients?|grad|stress|virial|^[ef](?=[_-]|$)|(?<=[_-])[ef]$",
+    re.IGNORECASE,
+)
 CHARGE_KEYS = ("charge", "total_charge")
 SPIN_KEYS = ("spin_multiplicity", "multiplicity")
 
@@ -146,16 +151,15 @@ def guess(keys: Keys, given: Mapping[Property, str], option: str) -> Guess:
             f"{known(keys.all)}"
         )
     labels: dict[Property, LabelSpec] = {ENERGY: LabelSpec(key=energy)}
-    affix = re.sub("energy|toten|e_?tot", "", energy, flags=re.IGNORECASE)
     vectors = [k for k in keys.vectors if FORCES_NAME.search(k)]
-    forces = given.get(FORCES) or _one(vectors, FORCES, affix, keys, option, notes)
+    forces = given.get(FORCES) or _one_of_level(vectors, FORCES, energy, keys, option, notes)
     if forces is not None:
         negate = bool(re.search("grad", forces, re.IGNORECASE))
         labels[FORCES] = LabelSpec(key=forces, negate=negate)
         if negate:
             notes.append(f"{forces} is read as a gradient: forces are minus it")
     matrices = [k for k in keys.matrices if STRESS_NAME.search(k)] if keys.is_periodic else []
-    stress = given.get(STRESS) or _one(matrices, STRESS, affix, keys, option, notes)
+    stress = given.get(STRESS) or _one_of_level(matrices, STRESS, energy, keys, option, notes)
     if stress is not None:
         virial = bool(re.search("virial", stress, re.IGNORECASE))
         labels[STRESS] = LabelSpec(key=stress, virial=virial)
@@ -165,10 +169,32 @@ def guess(keys: Keys, given: Mapping[Property, str], option: str) -> Guess:
     return Guess(labels, charge, spin, tuple(notes))
 
 
+def _level(key: str) -> str:
+    """Return what a key's name says of the level of theory: ``pbe`` of ``energy_pbe``, empty of ``forces``."""
+    return QUANTITY.sub("", key).strip("_-. ").lower()
+
+
+def _one_of_level(
+    found: list[str], prop: Property, energy: str, keys: Keys, option: str, notes: list[str]
+) -> str | None:  # fmt: skip
+    """Return the one of several keys that goes with an energy, as `_one`; those of another energy's level are left out.
+
+    Raises:
+        InputError: there are several, and none is the obvious one.
+    """
+    affix = _level(energy)
+    other = {_level(k): k for k in sorted(keys.numbers) if ENERGY_NAME.search(k) and _level(k) != affix}
+    notes += [
+        f"{k} is left out: it goes with {other[_level(k)]} ({option}-{prop} {k} takes it)"
+        for k in sorted(found) if _level(k) in other
+    ]  # fmt: skip
+    return _one(sorted(k for k in found if _level(k) not in other), prop, affix, keys, option, notes)
+
+
 def _one(
     found: list[str], prop: Property, affix: str, keys: Keys, option: str, notes: list[str]
 ) -> str | None:  # fmt: skip
-    """Return the one of several keys: the property's own name, that with the energy's affix, the only one; or None.
+    """Return the one of several keys: that of the energy's level, the property's own name, the only one; or None.
 
     Raises:
         InputError: there are several, and none of these.
@@ -177,7 +203,7 @@ def _one(
         return None
     if len(found) == 1:
         return found[0]
-    own = [k for k in found if affix and re.sub("forces?|gradients?|stress|virial", "", k, flags=re.I) == affix]
+    own = [k for k in found if affix and _level(k) == affix]
     plain = [k for k in found if k.lower() in (prop, prop.removesuffix("s"))]
     chosen = next(iter([*own, *plain]), None)
     if chosen is None:

@@ -60,6 +60,33 @@ def test_the_forces_of_a_named_energy_go_with_it(tmp_path: Path):
         of(path, energy="nothing")
 
 
+@pytest.mark.parametrize(
+    ("low", "forces", "stress"),
+    [
+        ("energy_gfn2", "forces_gfn2", "stress_gfn2"),
+        ("gfn2_energy", "gfn2_gradient", "virial_gfn2"),
+        ("E_gfn2", "F_gfn2", "gfn2_stress"),
+        ("energy", "forces", "stress"),
+    ],
+)
+def test_forces_and_stress_of_another_level_are_no_labels(tmp_path: Path, low: str, forces: str, stress: str):
+    info = {low: -1.0, "energy_ccsdt": -2.0, stress: np.eye(3)}
+    path = write(tmp_path / "all.extxyz", info, (forces,), is_periodic=True)
+    high = of(path, energy="energy_ccsdt")
+    assert shown(high) == {"energy": "energy_ccsdt"}
+    assert f"{forces} is left out: it goes with {low} (--low-forces {forces} takes it)" in high.notes
+    assert f"{stress} is left out: it goes with {low} (--low-stress {stress} takes it)" in high.notes
+    assert shown(of(path, energy=low)) == {"energy": low, "forces": forces, "stress": stress}
+    named = of(path, energy="energy_ccsdt", forces=forces)
+    assert shown(named) == {"energy": "energy_ccsdt", "forces": forces}
+    assert not any("forces" in note and "left out" in note for note in named.notes)
+
+
+def test_forces_go_with_free_energies_too(tmp_path: Path):
+    path = write(tmp_path / "a.extxyz", {"energy": -1.0, "free_energy": -1.1}, ("forces",))
+    assert shown(of(path, energy="free_energy")) == {"energy": "free_energy", "forces": "forces"}
+
+
 def test_gradients_virials_and_stress_without_a_cell(tmp_path: Path):
     found = of(write(tmp_path / "a.xyz", {"energy": -1.0, "virial": np.eye(3)}, ("gradient",), is_periodic=True))
     assert found.labels["forces"].negate
