@@ -189,7 +189,7 @@ class StudyRun:
 
     def _machines(self, name: str) -> list[str]:
         used = [usage.machine for usage in usages(self._run(name))]
-        return used or [read_json(self._record(name)).get("machine", machine())]
+        return used or [read_json(self._record(name)).get("machine", "machine not recorded")]
 
     def _judge(self, cell: Cell) -> Judged:
         path = self.folder / "errors" / f"{cell.name}.json"

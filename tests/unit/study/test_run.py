@@ -79,11 +79,14 @@ def test_goes_on_after_an_interruption_and_reports(make_study: Callable[..., Pat
     shutil.rmtree(again.folder / "runs")  # a study copied without its runs, or from another machine
     record = again.folder / "records" / "methods" / "delta" / "n8-s0.json"
     record.write_text(json.dumps({**json.loads(record.read_text()), "machine": "another"}))
+    older = again.folder / "records" / "methods" / "delta" / "n16-s0.json"  # of an mffm that did not note it
+    older.write_text(json.dumps({k: v for k, v in json.loads(older.read_text()).items() if k != "machine"}))
     copied = study_run(path, OneProcess())
     assert copied.train() == {}
     found = copied.judge()
     assert [one.errors for one in found] == [one.errors for one in judged]
     assert [one.cell.name for one in found if "another" in one.machines] == ["delta/n8-s0"]
+    assert [one.cell.name for one in found if "machine not recorded" in one.machines] == ["delta/n16-s0"]
     other.unlink()
     with pytest.raises(InputError, match=r"run is gone, and delta/n16-s0 must be judged again; remove .*16-s0.json"):
         copied.judge()
