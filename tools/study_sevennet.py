@@ -8,8 +8,8 @@ Each cell gets the very frames of the study's cell with the same number of high-
 pools of `--like`'s recipe, the study's validation split for the best checkpoint, its splits and judges for the errors.
 Everything else is SevenNet's: trainer, multi-fidelity preset (one-hot at the preset's layers, element references by
 fidelity, Huber, weights of the labels, linear decay), batch and optimiser. It trains for the CPU time of `--time-of`'s
-cell, its stages included, or for `--minutes`; counted from the first step on (tools/peers/clock.py), where the study's
-time has start-up too. A probe says how many epochs fit.
+cell, its stages included, or for `--minutes`: up to 1.15 times that, or less where the schedule ends first, as a probe
+says how many epochs fit. Counted from the first step on (tools/peers/clock.py); the study's time has start-up too.
 
 The presets' networks are large (128 channels): at a few CPU minutes they make few steps. `--model base` takes the
 preset's fidelity switches on the smaller network of SevenNet's preset `base`; several --name may stand in one report.
@@ -23,7 +23,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -36,7 +36,7 @@ from peers import install
 
 from mffm.config.base import validate
 from mffm.config.external import ExternalResults
-from mffm.config.study import load_study
+from mffm.config.study import StudyConfig, load_study
 from mffm.data.pools import build_pools, choose
 from mffm.data.records import Geometry
 from mffm.data.store import Store
@@ -44,8 +44,8 @@ from mffm.errors import InputError, known
 from mffm.evaluate.parity import Evaluation
 from mffm.executor import LocalExecutor, locked
 from mffm.fidelity import FidelityTable
-from mffm.keys import ENERGY, FORCES, N_ELEMENTS, STRESS
-from mffm.release import read_json, write_json
+from mffm.keys import ENERGY, FORCES, N_ELEMENTS, PROPERTIES, STRESS
+from mffm.release import read_json, sha256, write_json
 from mffm.study import external, judges
 from mffm.study.grid import Cell, Grid, expand
 from mffm.study.run import StudyRun, write_frames
@@ -141,8 +141,16 @@ def job_of(plan: Plan, cell: Cell) -> dict[str, Any]:
 
 
 def train(plan: Plan, cell: Cell) -> None:
-    """Train a cell, or go on with it; one that is finished is left."""
+    """Train a cell, or go on with it; one that is finished is left.
+
+    Raises:
+        InputError: the folder holds a training on other frames or labels, or of another time.
+    """
     minutes = plan.minutes(cell)
+    recipe = plan.grid.trainings[cell.training].recipe
+    drawn = {fidelity: replace(cell, high_rows=rows).draw for fidelity, rows in rows_of(plan, cell).items()}
+    own = {"draw": cell.draw, "frames": drawn, "fingerprint": recipe.data.fingerprint, "minutes": minutes}
+    _require_same(plan.of(cell) / "cell.json", own)
     if (plan.of(cell) / f"at-{minutes:g}.json").exists():
         return
     job = job_of(plan, cell)
@@ -152,12 +160,26 @@ def train(plan: Plan, cell: Cell) -> None:
     bench_training.start("sevennet", "train_sevennet.py", str(path))
 
 
+def best_of(plan: Plan, cell: Cell) -> Path:
+    """Return a cell's best checkpoint by validation.
+
+    Raises:
+        InputError: SevenNet has written none.
+    """
+    best = plan.of(cell) / "checkpoint_best.pth"
+    if not best.is_file():
+        raise InputError(
+            f"{best}: is missing; SevenNet writes it at its first validation, which takes a whole epoch: give more "
+            f"--minutes and another --name; if it was removed, remove {best.parent} to train the cell again"
+        )
+    return best
+
+
 class Predictor:
     """Predicts with a cell's best checkpoint at the high fidelity, in SevenNet's environment."""
 
     def __init__(self, plan: Plan, cell: Cell):
-        best = plan.of(cell) / "checkpoint_best.pth"
-        self.model = best if best.exists() else plan.of(cell) / f"at-{plan.minutes(cell):g}.pth"
+        self.model = best_of(plan, cell)
         self.peer = f"sevennet={plan.high}"
 
     def predict(self, structures: Sequence[Geometry]) -> dict[str, np.ndarray]:
@@ -197,14 +219,27 @@ def evaluate(
     return result
 
 
+def judged_before(plan: Plan, cell: Cell) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return what a cell is judged by, its weights included, and what was found by just that; empty where nothing.
+
+    Raises:
+        InputError: the cell has no best checkpoint.
+    """
+    grid, path = plan.grid, plan.of(cell) / "judged.json"
+    key = {
+        "weights_sha256": sha256(best_of(plan, cell)), "labels": external.fingerprint(grid),
+        "splits": grid.config.splits, "judges": judges.digests(grid.judges),
+    }  # fmt: skip
+    content = read_json(path) if path.is_file() else {}
+    return key, content if content.get("key") == key else {}
+
+
 def judge(plan: Plan, cell: Cell, name: str, folder: Path) -> dict[str, Any]:
     """Return a cell's entry of the results; one that was judged before is read."""
     facts = read_json(plan.of(cell) / f"at-{plan.minutes(cell):g}.json")
-    path = plan.of(cell) / "judged.json"
     grid = plan.grid
-    key = {"labels": external.fingerprint(grid), "splits": grid.config.splits, "judges": judges.digests(grid.judges)}
-    content = read_json(path) if path.is_file() else {}
-    if content.get("key") != key:
+    key, content = judged_before(plan, cell)
+    if not content:
         predictor = Predictor(plan, cell)
         found = {
             kind: evaluate(predictor.predict, grid.store, split, plan.high)
@@ -215,7 +250,7 @@ def judge(plan: Plan, cell: Cell, name: str, folder: Path) -> dict[str, Any]:
         errors = {kind: evaluation.rows() for kind, evaluation in found.items()}
         by_judge = {one.name: one.judge(predictor.energies) for one in grid.judges}
         content = {"key": key, "errors": errors, "found": by_judge}
-        write_json(path, content)
+        write_json(plan.of(cell) / "judged.json", content)
     return {
         "n_high": cell.n_high, "seed": cell.seed, "draw": cell.draw, "errors": content["errors"],
         "found": content["found"], "cpu_seconds": facts["cpu_s"], "steps": facts["step"],
@@ -226,18 +261,28 @@ def chosen(grid: Grid, like: str, n_high: Sequence[int]) -> list[Cell]:
     """Return the cells of a method that are to be trained.
 
     Raises:
-        InputError: no such method, one that has no training of its own, or no cell with such a number.
+        InputError: no such method, one that has no training of its own or leaves out labels of its frames, or no cell
+            with such a number.
     """
     cells = [cell for cell in grid.cells if cell.method == like]
     if not cells or cells[0].is_refit or cells[0].fidelity != grid.config.high or cells[0].plus:
         usable = [m for m, spec in grid.config.methods.items() if not spec.refit and not spec.fidelity]
         raise InputError(f"--like {like}: is not a method that trains on labels of both levels: {known(usable)}")
-    if len(grid.trainings[cells[0].training].recipe.fidelities) < 2:
+    recipe = grid.trainings[cells[0].training].recipe
+    if len(recipe.fidelities) < 2:
         raise InputError(f"--like {like}: trains one fidelity; name a method that trains several")
+    for pool in recipe.data.plan.pools:
+        there = {"split": pool.split, "source": pool.source, "fidelity": pool.fidelity}
+        left = [p for p in PROPERTIES if p not in pool.properties and len(grid.store.rows(**there, prop=p))]
+        if left:
+            raise InputError(
+                f"--like {like}: leaves out {known(left)} of {pool.fidelity}, which this tool cannot; name a method "
+                "that uses all labels of its frames"
+            )
     unknown = set(n_high) - {cell.n_high for cell in cells}
     if unknown:
-        there = known({cell.n_high for cell in cells})
-        raise InputError(f"--n-high: no cell of {like} with {known(unknown)}; there are {there}")
+        numbers = known({cell.n_high for cell in cells})
+        raise InputError(f"--n-high: no cell of {like} with {known(unknown)}; there are {numbers}")
     return [cell for cell in cells if not n_high or cell.n_high in n_high]
 
 
@@ -259,6 +304,17 @@ def minutes_of(run: StudyRun, method: str) -> Callable[[Cell], float]:
         return round((seconds[0] + seconds[1]) / 60, 3)
 
     return minutes
+
+
+def notes_of(settings: StudyConfig, like: str, time_of: str, minutes: float | None) -> list[str]:
+    """Return what the report says of the training."""
+    same = f"that of {settings.title(time_of)}, cell by cell" if minutes is None else f"{minutes:g} minutes"
+    return [
+        f"CPU time: up to {bench_training.SLACK:g} times {same}, or less where the schedule ends first; from the first "
+        "step on, probes and start-up left out.",
+        f"Frames: those of {settings.title(like)}; its validation labels choose SevenNet's best checkpoint.",
+        "Optimiser, schedule, batch, loss and element references are the preset's.",
+    ]
 
 
 def main(
@@ -289,21 +345,19 @@ def main(
     plan = Plan(grid, home / name / "training", preset, model, time_for)
     plan.folder.mkdir(parents=True, exist_ok=True)
     with locked(plan.folder / "lock"):
-        _require_same(plan)
+        # With --minutes no method's time is taken.
+        time_from = time_of if minutes is None else None
+        own = {"preset": preset, "model": model, "like": like, "time_of": time_from, "minutes": minutes}
+        _require_same(plan.folder / "settings.json", own)
         with ThreadPoolExecutor(workers) as pool:
             for cell, _ in zip(cells, pool.map(lambda cell: train(plan, cell), cells), strict=True):
                 print(f"n{cell.n_high}-s{cell.seed}: {plan.minutes(cell):g} CPU minutes trained", flush=True)
         entries = [judge(plan, cell, name, place) for cell in cells]
-    same = f"that of {settings.title(time_of)}, cell by cell" if minutes is None else f"{minutes:g} minutes"
-    notes = [
-        f"CPU time: {same}, from the first step on, probes and start-up left out.",
-        f"Frames: those of {settings.title(like)}; its validation labels choose SevenNet's best checkpoint.",
-        "Optimiser, schedule, batch, loss and element references are the preset's.",
-    ]
     shown = {"preset": preset, "network": model or preset, "batch": BATCH, "weights low, high": LOW_AND_HIGH[preset]}
     content = {
         "name": name, "title": f"SevenNet's own code ({model or preset})", "code": install.version("sevennet"),
-        "settings": shown, "notes": notes, "fingerprint": external.fingerprint(grid), "splits": settings.splits,
+        "settings": shown, "notes": notes_of(settings, like, time_of, minutes),
+        "fingerprint": external.fingerprint(grid), "splits": settings.splits,
         "judges": judges.digests(grid.judges), "machine": bench_training.machine(), "date": time.strftime("%Y-%m-%d"),
         "cells": entries,
     }  # fmt: skip
@@ -315,11 +369,13 @@ def main(
     print(f"{home / f'{name}.json'}: drawn by mffm study {config} --report-only")
 
 
-def _require_same(plan: Plan) -> None:
-    """Refuse to go on in a folder with another preset or network."""
-    path, own = plan.folder / "settings.json", {"preset": plan.preset, "model": plan.model}
-    if path.is_file() and read_json(path) != own:
-        raise InputError(f"{plan.folder}: holds trainings of {read_json(path)}, not of {own}; give another --name")
+def _require_same(path: Path, own: dict[str, Any]) -> None:
+    """Refuse to go on in a folder whose trainings were made from something else; note what they are made from."""
+    before = read_json(path) if path.is_file() else own
+    changed = [key for key in own if before.get(key) != own[key]]
+    if changed:
+        told = "; ".join(f"{key}: {before.get(key)}, now {own[key]}" for key in changed)
+        raise InputError(f"{path.parent}: holds trainings with another {told}; give another --name, or remove it")
     write_json(path, own)
 
 

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import ase.io
@@ -31,7 +32,7 @@ def tool():
 
 @pytest.fixture
 def study_yaml(molecule_store: Path, tmp_path: Path, tiny_recipe: Callable[..., dict]) -> Path:
-    """A study of one method that trains two fidelities, and one that trains the high one alone."""
+    """A study of a method that trains two fidelities, one that trains the high one, one without low forces."""
     (tmp_path / "base.yaml").write_text(yaml.safe_dump(tiny_recipe(molecule_store, tmp_path / "never")))
     shared = {"model.heads": {"kind": "shared", "hidden": [8]}}
     content = {
@@ -39,6 +40,7 @@ def study_yaml(molecule_store: Path, tmp_path: Path, tiny_recipe: Callable[..., 
         "methods": {
             "sevennet_mf": {"changes": {"data.plan.pools": POOLS, **shared}},
             "hf_only": {"changes": {"data.plan.pools": POOLS[1:], **shared}},
+            "half_used": {"changes": {"data.plan.pools": [{**POOLS[0], "properties": ["energy"]}, POOLS[1]], **shared}},
         },
         "baselines": ["hf_only"], "relative_energies": True,
     }  # fmt: skip
@@ -103,6 +105,8 @@ def test_time_and_methods_that_do_not_do(tool, grid: Grid, tmp_path: Path) -> No
         tool.chosen(grid, "hf_only", [])
     with pytest.raises(InputError, match=r"--like best: is not a method that trains .*sevennet_mf"):
         tool.chosen(grid, "best", [])
+    with pytest.raises(InputError, match="--like half_used: leaves out forces of gfn2, which this tool cannot; name a"):
+        tool.chosen(grid, "half_used", [])
     with pytest.raises(InputError, match="--n-high: no cell of sevennet_mf with 9; there are 8"):
         tool.chosen(grid, "sevennet_mf", [9])
     run = StudyRun(grid, tmp_path / "out", LocalExecutor(1))
@@ -112,6 +116,61 @@ def test_time_and_methods_that_do_not_do(tool, grid: Grid, tmp_path: Path) -> No
     seconds = {"seconds": 90.0, "is_open": False, "is_lost": False}
     write_json(tmp_path / "out" / "cpu" / "methods" / "hf_only" / "n8-s0.json", seconds)
     assert tool.minutes_of(run, "hf_only")(cell) == 1.5
+
+
+def test_a_cell_is_judged_again_for_other_weights(tool, grid: Grid, tmp_path: Path) -> None:
+    plan = tool.Plan(grid, tmp_path / "training", "multi_modal", "base", lambda cell: 0.5)
+    cell = tool.chosen(grid, "sevennet_mf", [])[0]
+    with pytest.raises(InputError, match=r"checkpoint_best.pth: is missing; .*give more --minutes and another --name"):
+        tool.judged_before(plan, cell)
+    write_json(plan.of(cell) / "at-0.5.json", {"cpu_s": 30.0, "step": 7})
+    (plan.of(cell) / "at-0.5.pth").write_bytes(b"the last weights")
+    with pytest.raises(InputError, match=r"checkpoint_best.pth: is missing"):
+        tool.judge(plan, cell, "sevennet", tmp_path)
+    best = plan.of(cell) / "checkpoint_best.pth"
+    best.write_bytes(b"weights of 5 minutes")
+    key, before = tool.judged_before(plan, cell)
+    assert before == {}
+    found = {"key": key, "errors": {"iid": []}, "found": {}}
+    write_json(plan.of(cell) / "judged.json", found)
+    assert tool.judged_before(plan, cell) == (key, found)
+    entry = tool.judge(plan, cell, "sevennet", tmp_path)
+    assert (entry["errors"], entry["steps"]) == ({"iid": []}, 7)
+    best.write_bytes(b"weights of 10 minutes")
+    assert tool.judged_before(plan, cell)[1] == {}
+
+
+def test_a_folder_of_another_training_is_refused(tool, grid: Grid, tmp_path: Path) -> None:
+    plan = tool.Plan(grid, tmp_path / "training", "multi_modal", "base", lambda cell: 0.5)
+    cell, other = tool.chosen(grid, "sevennet_mf", [])
+    write_json(plan.of(cell) / "at-0.5.json", {"cpu_s": 30.0, "step": 7})
+    for _ in range(2):
+        tool.train(plan, cell)  # finished: nothing is trained
+    with pytest.raises(InputError, match=r"n8-s0: holds trainings with another minutes: 0.5, now 1; give another --n"):
+        tool.train(replace(plan, minutes=lambda cell: 1), cell)
+    training = grid.trainings[cell.training]
+    fewer = [POOLS[0] | {"max_frames": 20}, POOLS[1] | {"max_frames": 8}]
+    told = {"fingerprint: .*, now 0123": {"fingerprint": "0123"}, "frames: {'gfn2'": {"plan": {"pools": fewer}}}
+    for what, change in told.items():
+        content = training.recipe.model_dump(mode="json")
+        content["data"] = {**content["data"], **{k: _merged(content["data"][k], v) for k, v in change.items()}}
+        changed = replace(training, recipe=type(training.recipe).model_validate(content))
+        trainings = {**grid.trainings, cell.training: changed}
+        with pytest.raises(InputError, match=f"holds trainings with another {what}"):
+            tool.train(replace(plan, grid=replace(grid, trainings=trainings)), cell)
+    with pytest.raises(InputError, match=f"another draw: {cell.draw}, now {other.draw};"):
+        tool.train(plan, replace(cell, high_rows=other.high_rows))
+
+
+def _merged(before: object, change: object) -> object:
+    return {**before, **change} if isinstance(before, dict) and isinstance(change, dict) else change
+
+
+def test_notes_say_what_time_it_is(tool, study_yaml: Path) -> None:
+    settings = load_study(study_yaml)
+    time, *_ = tool.notes_of(settings, "sevennet_mf", "hf_only", 5.0)
+    assert time.startswith("CPU time: up to 1.15 times 5 minutes, or less where the schedule ends first")
+    assert "up to 1.15 times that of hf_only" in tool.notes_of(settings, "sevennet_mf", "hf_only", None)[0]
 
 
 @pytest.mark.slow
@@ -134,8 +193,10 @@ def test_end_to_end(tool, study_yaml: Path, grid: Grid) -> None:
     assert Store(grid.store.path).n_frames == 90
     trained = out / "external" / "sevennet" / "training" / "n8-s0"
     assert len(list(trained.glob("lc*.csv"))) == 1, "trained twice"
-    with pytest.raises(InputError, match=r"holds trainings of .*give another --name"):
-        tool.main(
-            study_yaml, ["seeds=[0]"], folder=out, name="sevennet", like="sevennet_mf", time_of="hf_only", minutes=0.02,
-            preset="MF_0", model="base", n_high=None, workers=1,
-        )  # fmt: skip
+    asked = {"preset": "multi_modal", "like": "sevennet_mf", "minutes": 0.02}
+    for key, value in {"preset": "MF_0", "minutes": 0.04}.items():
+        with pytest.raises(InputError, match=f"holds trainings with another {key}: .*; give another --name"):
+            tool.main(
+                study_yaml, ["seeds=[0]"], folder=out, name="sevennet", time_of="hf_only", model="base", n_high=None,
+                workers=1, **(asked | {key: value}),
+            )  # fmt: skip
