@@ -22,6 +22,7 @@ from mffm.cli.deployed import (
     read_structures,
 )
 from mffm.cli.output import complain, say
+from mffm.errors import InputError
 
 if TYPE_CHECKING:
     from ase import Atoms
@@ -39,7 +40,7 @@ def relax(
     folder: FolderArgument,
     fidelity: FidelityOption,
     index: IndexOption = None,
-    optimizer: Annotated[str, typer.Option(help="lbfgs or fire")] = "lbfgs",
+    optimizer: Annotated[str | None, typer.Option(help="lbfgs or fire", show_default="lbfgs")] = None,
     cell: Annotated[
         str, typer.Option(help="fixed, full, volume (keeps its shape) or shape (keeps its volume)")
     ] = "fixed",
@@ -55,11 +56,16 @@ def relax(
     d3: D3Option = None,
 ) -> None:
     """Relax a structure, or all of a file with --batched; write relaxed.extxyz and a report."""
-    settings = {"optimizer": optimizer, "cell": cell, "fmax_ev_per_ang": fmax, "pressure_gpa": pressure}
     if batched:
+        if pressure or optimizer is not None:
+            raise InputError(
+                "--batched is torch-sim's FIRE at no pressure: leave --pressure and --optimizer out, or --batched"
+            )
         _relax_batched(potential, read_structures(structure, index), folder, fidelity, cell, fmax, steps,
                        dtype=dtype, device=device, weights=weights, d3=dispersion(d3))  # fmt: skip
         return
+    optimizer = optimizer or "lbfgs"
+    settings = {"optimizer": optimizer, "cell": cell, "fmax_ev_per_ang": fmax, "pressure_gpa": pressure}
     atoms, calculator = _prepare(potential, structure, index, fidelity, dtype, device, weights, d3)
     from ase.io import write
 
@@ -257,6 +263,7 @@ def elastic(
     relaxed: RelaxOption = True,
     clamped: Annotated[bool, typer.Option("--clamped", help="atoms only move with the strained cell")] = False,
     fmax: FmaxOption = 1e-3,
+    steps: StepsOption = 500,
     dtype: DtypeOption = "float64",
     device: DeviceOption = "cpu",
     weights: WeightsOption = "best",
@@ -269,7 +276,7 @@ def elastic(
 
     atoms = _relaxed(atoms, fmax) if relaxed else atoms
     with bar() as shown:
-        found = module.elastic(atoms, not clamped, fmax, each=_counter(shown, "strains"))
+        found = module.elastic(atoms, not clamped, fmax, steps, each=_counter(shown, "strains"))
     rows = [
         ("bulk modulus (Voigt, Reuss, Hill)", ", ".join(f"{v:.2f}" for v in found.bulk) + " GPa"),
         ("shear modulus (Voigt, Reuss, Hill)", ", ".join(f"{v:.2f}" for v in found.shear) + " GPa"),
@@ -277,11 +284,14 @@ def elastic(
         ("stable", "yes" if found.found()["is_stable"] else "no: the tensor has a negative eigenvalue"),
         *((f"C{i + 1}j", ", ".join(f"{v:.1f}" for v in found.tensor[i]) + " GPa") for i in range(6)),
     ]
+    if not clamped:
+        rows.append(_cells_relaxed(found.n_not_relaxed, len(found.strains)))
     settings = {"relaxed": relaxed, "clamped": clamped, "fmax_ev_per_ang": fmax}
     _finish(report.write(
         folder, "elastic", f"Elastic constants of {found.formula}", found.found(), rows,
         lambda path: module.draw(found, path), {**calculator.at.describe(), **settings},
     ), rows)  # fmt: skip
+    _require_relaxed(found.n_not_relaxed)
 
 
 def eos(
@@ -294,6 +304,7 @@ def eos(
     points: Annotated[int, typer.Option(min=5, help="volumes")] = 9,
     relaxed: Annotated[bool, typer.Option("--relax", help="relax the atoms in each cell")] = False,
     fmax: FmaxOption = 0.01,
+    steps: StepsOption = 500,
     dtype: DtypeOption = "float64",
     device: DeviceOption = "cpu",
     weights: WeightsOption = "best",
@@ -304,7 +315,7 @@ def eos(
     from mffm.properties import eos as module
     from mffm.properties import report
 
-    found = module.eos(atoms, strain, points, relaxed, fmax)
+    found = module.eos(atoms, strain, points, relaxed, fmax, steps)
     rows = [("minimum", f"none within {found.volumes.min():.2f} to {found.volumes.max():.2f} Å³")]
     if found.fit is not None:
         lengths = ", ".join(f"{length:.4f}" for length in found.found()["cell_lengths_ang"])
@@ -314,11 +325,14 @@ def eos(
             ("bulk modulus", f"{found.fit.bulk_modulus:.2f} GPa"),
             ("its pressure derivative", f"{found.fit.derivative:.2f}"),
         ]
+    if relaxed:
+        rows.append(_cells_relaxed(found.n_not_relaxed, points))
     settings = {"strain": strain, "points": points, "relaxed": relaxed}
     _finish(report.write(
         folder, "eos", f"Equation of state of {found.formula}", found.found(), rows,
         lambda path: module.draw(found, path), {**calculator.at.describe(), **settings},
     ), rows)  # fmt: skip
+    _require_relaxed(found.n_not_relaxed)
     if found.fit is None:
         complain("the energies have no minimum within these volumes; relax the cell first, or give more --strain", 1)
 
@@ -350,6 +364,15 @@ def _relaxed(atoms: "Atoms", fmax: float) -> "Atoms":
     relaxed = found.atoms.copy()
     relaxed.calc = atoms.calc
     return relaxed
+
+
+def _cells_relaxed(n_not_relaxed: int, n: int) -> tuple[str, str]:
+    return "strained cells relaxed", f"{n - n_not_relaxed} of {n}"
+
+
+def _require_relaxed(n_not_relaxed: int) -> None:
+    if n_not_relaxed:
+        complain(f"{n_not_relaxed} strained cells not relaxed; give a larger --fmax or more --steps", code=1)
 
 
 def _counter(shown: Any, what: str) -> Callable[[int, int], None]:

@@ -6,6 +6,7 @@ Frames keep their order, so that a killed run goes on behind the last whole fram
 """
 
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 
 from ase import Atoms
 from ase.io import iread
-from ase.io.extxyz import write_extxyz
+from ase.io.extxyz import per_atom_properties, per_config_properties, write_extxyz
 from ase.stress import voigt_6_to_full_3x3_stress
 
 from mffm.data.neighbors import NeighborList, neighbor_list
@@ -24,6 +25,7 @@ from mffm.release import sha256, write_json
 EDGE_BUDGET = 20_000  # of a batch; more bring nothing on a CPU and bound the memory on a GPU
 STANDARD = ("energy", "free_energy", "energies", "forces", "stress")
 ERROR = "mffm_error"
+HAS_ERROR = re.compile(rf"(^|\s){ERROR}=".encode())
 
 Labelled = tuple[Atoms, Results | InputError]
 
@@ -54,7 +56,7 @@ def predict(at: AtFidelity, frames: Iterable[Atoms], edge_budget: int = EDGE_BUD
             found = neighbor_list(positions, cell, pbc, at.cutoff)
             size = len(found[0]) + len(atoms)  # atoms without neighbors cost something too
         except InputError as error:
-            found, size = error, 0
+            found, size = error, len(atoms) + 1  # a file of failures is written as it goes too
         if n_edges and n_edges + size > edge_budget:
             yield from _labelled(at, waiting)
             waiting, n_edges = [], 0
@@ -81,7 +83,7 @@ def predict_file(
     """Write the structures of a file with their predictions; the same call goes on after a kill.
 
     Predictions have ASE's keys (``read(...).get_potential_energy()``); labels that the source has under these are kept
-    as ``energy_source``, ``forces_source``, ``stress_source``.
+    as ``energy_source``, ``forces_source`` and so on, its other labels (dipole, magmoms, ...) under their own keys.
 
     Args:
         skip_failures: write a structure that cannot be calculated without labels and with the reason under
@@ -99,7 +101,7 @@ def predict_file(
     n_before = _begin(partial, note, {"source": str(source.resolve()), "sha256": sha256(source), **at.describe()})
     n_frames = n_before
     progress(n_frames)
-    n_failed = 0
+    n_failed = sum(bool(HAS_ERROR.search(comment)) for comment, _ in _whole_frames(partial))
     with partial.open("a") as file:
         for atoms, found in predict(at, _read(source, n_before), edge_budget):
             if isinstance(found, InputError):
@@ -123,6 +125,14 @@ def predict_file(
 def count_frames(path: Path) -> tuple[int, int]:
     """Return the number of whole frames of an extxyz file and the bytes that they take."""
     n_frames = size = 0
+    for _, n_bytes in _whole_frames(path):
+        n_frames += 1
+        size += n_bytes
+    return n_frames, size
+
+
+def _whole_frames(path: Path) -> Iterator[tuple[bytes, int]]:
+    """Yield the comment line and the number of bytes of each whole frame of an extxyz file."""
     with path.open("rb") as file:
         while head := file.readline():
             lines = [head]
@@ -132,9 +142,7 @@ def count_frames(path: Path) -> tuple[int, int]:
                 break
             if not lines[-1].endswith(b"\n"):
                 break
-            n_frames += 1
-            size += sum(len(line) for line in lines)
-    return n_frames, size
+            yield lines[1], sum(len(line) for line in lines)
 
 
 def _begin(partial: Path, note: Path, made_of: dict[str, Any]) -> int:
@@ -173,14 +181,18 @@ def _read(source: Path, start: int) -> Iterator[Atoms]:
 def _frame(atoms: Atoms, found: Results | InputError, fidelity: str) -> Atoms:
     """Return a structure as it is written."""
     written = atoms.copy()
+    written.info.pop(ERROR, None)  # of a source that was an output before
     given = dict(getattr(atoms.calc, "results", None) or {})
     for key in STANDARD:
         for place in (written.info, written.arrays):
             if key in place:
                 given[key] = place.pop(key)
-    for key in ("energy", "forces", "stress"):
-        if key in given:
-            (written.arrays if key == "forces" else written.info)[f"{key}_source"] = given[key]
+    for key, value in given.items():  # ASE's reader takes all of its own names out of info and arrays
+        place = written.arrays if key in per_atom_properties else written.info
+        if key in STANDARD:
+            place[f"{key}_source"] = value
+        elif key in per_atom_properties or key in per_config_properties:
+            place.setdefault(key, value)
     if isinstance(found, InputError):
         written.info[ERROR] = str(found)
     else:

@@ -13,7 +13,7 @@ from ase.calculators.singlepoint import SinglePointCalculator
 from ase.stress import full_3x3_to_voigt_6_stress
 
 from mffm.errors import InputError, known
-from mffm.properties.report import require_volume
+from mffm.properties.report import charge_and_spin, require_volume
 
 CELLS: dict[str, dict[str, bool] | None] = {"fixed": None, "full": {}, "volume": {"hydrostatic_strain": True}}
 
@@ -34,7 +34,9 @@ def relax_many(
 
     Raises:
         InputError: torch-sim is not installed; an unknown name; a cell without volume; structures that are periodic in
-            different directions, which torch-sim does not take together.
+            different directions, which torch-sim does not take together; constraints; a structure that is periodic in
+            one or two directions, which torch-sim 0.3 takes as a cluster; charge or spin, where the model has
+            ``takes_charge_and_spin``.
     """
     if cell not in CELLS:
         raise InputError(f"cell {cell!r}: torch-sim's are {known(CELLS)}")
@@ -46,6 +48,9 @@ def relax_many(
         raise InputError(f"torch-sim is needed ({error}); install it: pip install 'mffm[properties]'") from error
     if len({tuple(atoms.pbc.tolist()) for atoms in structures}) > 1:
         raise InputError("structures that are periodic in different directions; relax them in files of their own")
+    takes_charge_and_spin = bool(getattr(model, "takes_charge_and_spin", False))
+    for i, atoms in enumerate(structures):
+        _check(f"structure {i} ({atoms.get_chemical_formula()})", atoms, is_new, takes_charge_and_spin)
     options = CELLS[cell]
     if options is not None:
         for atoms in structures:
@@ -79,3 +84,18 @@ def relax_many(
         found.append((result, bool(converged[i])))
         start += len(atoms)
     return found
+
+
+def _check(name: str, atoms: Atoms, is_new: bool, takes_charge_and_spin: bool) -> None:
+    """Refuse what would not reach the model or the optimizer."""
+    if atoms.constraints:
+        kinds = ", ".join(sorted({type(c).__name__ for c in atoms.constraints}))
+        raise InputError(f"{name} has constraints ({kinds}), which do not count in a batch; relax it without --batched")
+    if not is_new and atoms.pbc.any() and not atoms.pbc.all():
+        raise InputError(
+            f"{name}: torch-sim 0.3 takes pbc {atoms.pbc.tolist()} as no periodicity; relax it without --batched"
+        )
+    given = {key: value for key, value in charge_and_spin(atoms).items() if value}
+    if takes_charge_and_spin and given:
+        said = ", ".join(f"{key} {value}" for key, value in given.items())
+        raise InputError(f"{name} has {said}, which does not count in a batch; relax it without --batched")

@@ -54,7 +54,11 @@ def fit(volumes: np.ndarray, energies: np.ndarray) -> Fit | None:
 
 @dataclass(frozen=True)
 class Eos:
-    """Energies [n] (eV) of a cell at volumes [n] (Å³), and their fit where there is a minimum."""
+    """Energies [n] (eV) of a cell at volumes [n] (Å³), and their fit where there is a minimum.
+
+    Attributes:
+        n_not_relaxed: cells whose atoms did not come to the largest force that was asked for.
+    """
 
     formula: str
     n_atoms: int
@@ -63,6 +67,7 @@ class Eos:
     volumes: np.ndarray
     energies: np.ndarray
     fit: Fit | None
+    n_not_relaxed: int = 0
 
     def found(self) -> dict[str, Any]:
         """Return what a report holds."""
@@ -79,20 +84,23 @@ class Eos:
             "formula": self.formula,
             "n_atoms": self.n_atoms,
             "has_minimum": self.fit is not None,
+            "n_not_relaxed": self.n_not_relaxed,
             **fitted,
             "volumes_ang3": self.volumes,
             "energies_ev": self.energies,
         }
 
 
-def eos(atoms: Atoms, strain: float = 0.06, points: int = 9, relaxed: bool = False, fmax: float = 0.01) -> Eos:
+def eos(
+    atoms: Atoms, strain: float = 0.06, points: int = 9, relaxed: bool = False, fmax: float = 0.01, steps: int = 500
+) -> Eos:
     """Return the equation of state of a crystal with its calculator.
 
     Args:
         atoms: with a calculator.
         strain: of the lengths, both ways; atoms move with the cell.
         points: volumes.
-        relaxed: relax the atoms in each cell to ``fmax`` eV/Å.
+        relaxed: relax the atoms in each cell to ``fmax`` eV/Å, by at most ``steps`` steps.
 
     Raises:
         InputError: no volume, fewer than 5 points, a strain outside of (0, 0.3); what the calculator raises.
@@ -101,17 +109,22 @@ def eos(atoms: Atoms, strain: float = 0.06, points: int = 9, relaxed: bool = Fal
     if points < 5 or not 0 < strain < 0.3:
         raise InputError(f"{points} points within ±{strain:g}: expected 5 or more points, and a strain below 0.3")
     scales = 1 + np.linspace(-strain, strain, points)
-    energies = []
+    energies, n_not_relaxed = [], 0
     for scale in scales:
         cell = atoms.copy()
         cell.set_cell(atoms.cell * scale, scale_atoms=True)
         cell.calc = atoms.calc
-        energies.append(relax(cell, fmax=fmax).energies[-1] if relaxed else cell.get_potential_energy())
+        if relaxed:
+            relaxation = relax(cell, fmax=fmax, steps=steps)
+            n_not_relaxed += not relaxation.converged
+            energies.append(relaxation.energies[-1])
+        else:
+            energies.append(cell.get_potential_energy())
     volumes = atoms.get_volume() * scales**3
     values = np.array(energies)
     return Eos(
         atoms.get_chemical_formula(), len(atoms), atoms.cell.lengths(), atoms.get_volume(), volumes, values,
-        fit(volumes, values),
+        fit(volumes, values), n_not_relaxed,
     )  # fmt: skip
 
 

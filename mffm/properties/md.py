@@ -5,7 +5,7 @@
 
 The state holds positions, momenta, cell and barostat to the last bit and the sizes of the other two files; what a kill
 left behind it is cut off. Noise is a function of the seed and the step, so a resumed trajectory is the same as one
-that was never stopped.
+that was never stopped, wherever it stopped; a stop between leaves its own frame and row in the files.
 """
 
 import json
@@ -26,10 +26,12 @@ from ase.md.velocitydistribution import MaxwellBoltzmannDistribution, Stationary
 from mffm import plots
 from mffm.config.properties import MdConfig
 from mffm.errors import InputError
-from mffm.properties.report import require_volume
+from mffm.properties.report import charge_and_spin, plain, require_volume
 from mffm.release import write_json
 
 BAROSTAT = ("p_eps", "force_eps")  # of ASE's integrator; the force is that of the last half step's momenta
+# First parts of the keys of random streams. numpy pads keys with nothing, but lists of seeds with zeros: [3] is [3, 0].
+MOMENTA, NOISE = 0, 1
 COLUMNS = ("step", "time_ps", "potential_ev", "kinetic_ev", "total_ev", "temperature_k", "volume_ang3")
 
 
@@ -108,10 +110,10 @@ def md(
         _save(moving, dynamics, 0, log, frames, state)
     step = start
     while step < steps:
-        dynamics.rng = np.random.default_rng([config.seed, step])
         end = min(steps, (step // config.save_every + 1) * config.save_every)
         rows = []
         while step < end:
+            dynamics.rng = _rng(config, NOISE, step)
             dynamics.step()
             step += 1
             if step % config.log_every == 0 or step == steps:
@@ -156,9 +158,13 @@ def _first_momenta(atoms: Atoms, config: MdConfig) -> None:
         return
     if config.temperature is None:
         raise InputError("the structure has no momenta; give a temperature to draw them from")
-    rng = np.random.default_rng(config.seed)
-    MaxwellBoltzmannDistribution(atoms, temperature_K=config.temperature, rng=rng)
+    MaxwellBoltzmannDistribution(atoms, temperature_K=config.temperature, rng=_rng(config, MOMENTA))
     Stationary(atoms, preserve_temperature=False)
+
+
+def _rng(config: MdConfig, *key: int) -> np.random.Generator:
+    """Return the random stream of a key; different keys are different streams."""
+    return np.random.default_rng(np.random.SeedSequence(config.seed, spawn_key=key))
 
 
 def _dynamics(atoms: Atoms, config: MdConfig) -> LangevinBAOAB:
@@ -230,9 +236,14 @@ def _restore(atoms: Atoms, config: MdConfig, state: Path, log: Path, frames: Pat
 def _same_trajectory(folder: Path, atoms: Atoms, config: MdConfig, made_by: Any) -> None:
     """Write what decides the trajectory, or compare it with what is there."""
     digest = sha256()
-    for part in (atoms.numbers, atoms.positions, atoms.cell.array, atoms.pbc, atoms.get_momenta()):
+    for part in (atoms.numbers, atoms.positions, atoms.cell.array, atoms.pbc, atoms.get_momenta(), atoms.get_masses()):
         digest.update(np.ascontiguousarray(part).tobytes())
-    decides = {**config.model_dump(mode="json"), "structure": digest.hexdigest(), "made_by": made_by}
+    decides = {
+        **config.model_dump(mode="json"),
+        "structure": digest.hexdigest(),
+        **plain(charge_and_spin(atoms)),
+        "made_by": made_by,
+    }
     path = folder / "md.config.json"
     if not path.is_file():
         write_json(path, decides)

@@ -52,6 +52,12 @@ def plain(value: Any) -> Any:
     return value
 
 
+def charge_and_spin(atoms: Atoms) -> dict[str, Any]:
+    """Return charge and spin multiplicity as ``atoms.info`` has them for calculators that take them; 0: not given."""
+    spin = atoms.info.get("spin_multiplicity", atoms.info.get("spin", 0))
+    return {"charge": atoms.info.get("charge", 0), "spin_multiplicity": spin}
+
+
 def require_volume(atoms: Atoms, what: str) -> None:
     """Raises:
     InputError: the structure is not periodic in all directions.

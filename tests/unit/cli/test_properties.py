@@ -113,6 +113,16 @@ def test_elastic_and_eos(run: Run, crystal: Path, tmp_path: Path, tiny_release: 
     assert (done.exit_code == 1) == ("no minimum within these volumes" in done.output) == (not found["has_minimum"])
 
 
+def test_strained_cells_that_do_not_relax(run: Run, crystal: Path, tmp_path: Path):
+    for command, n in (("eos", 5), ("elastic", 24)):
+        options = ["--relax", "--points", "5"] if command == "eos" else ["--as-given"]
+        done = run(command, crystal, tmp_path / "s", *options, "--fmax", "1e-9", "--steps", "1")
+        assert done.exit_code == 1
+        assert f"{n} strained cells not relaxed; give a larger --fmax or more --steps" in done.output
+        assert report(tmp_path / "s", command)["n_not_relaxed"] == n
+        assert f"| strained cells relaxed | 0 of {n} |" in (tmp_path / "s" / f"{command}.md").read_text()
+
+
 def test_refused(run: Run, crystal: Path, tmp_path: Path):
     write(tmp_path / "water.xyz", molecule("H2O"))
     for command in ("phonons", "elastic", "eos"):
@@ -120,5 +130,8 @@ def test_refused(run: Run, crystal: Path, tmp_path: Path):
         assert "is not periodic in all directions" in str(done.exception)
     assert "--index 3: " in str(run("eos", crystal, tmp_path / "x", "--index", "3").exception)
     assert "none.xyz: no such file" in str(run("eos", tmp_path / "none.xyz", tmp_path / "x").exception)
+    for option, value in (("--pressure", "5"), ("--optimizer", "lbfgs")):
+        done = run("relax", crystal, tmp_path / "x", "--batched", "--cell", "full", option, value)
+        assert "leave --pressure and --optimizer out" in str(done.exception)
     write(tmp_path / "silane.xyz", molecule("SiH4"))
     assert "Si is unknown" in str(run("relax", tmp_path / "silane.xyz", tmp_path / "x").exception)

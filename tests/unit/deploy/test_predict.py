@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from typer.testing import CliRunner
 from mffm.cli import app
 from mffm.deploy.ase import Calculator
 from mffm.deploy.at_fidelity import AtFidelity
-from mffm.deploy.predict import count_frames, predict_file
+from mffm.deploy.predict import count_frames, predict, predict_file
 from mffm.errors import InputError
 
 NAMES = ("H2O", "CH3CH2OH", "NH3", "C6H6", "CO", "H")
@@ -75,6 +76,56 @@ def test_what_cannot_be_calculated(tiny_release: Path, tmp_path: Path):
     assert "0 Å apart" in found[3].info["mffm_error"]
     assert found[1].calc is None
     assert found[2].get_potential_energy() < 0
+
+
+def test_failures_do_not_pile_up(tiny_release: Path):
+    read_so_far = []
+
+    def source() -> Iterator[Atoms]:
+        for i in range(100):
+            read_so_far.append(i)
+            yield molecule("SiH4")
+
+    _, found = next(predict(AtFidelity(tiny_release, "pbe"), source(), edge_budget=30))
+    assert isinstance(found, InputError)
+    assert len(read_so_far) == 6  # batches of five atoms and one
+
+
+def test_failures_before_a_stop_count(tiny_release: Path, tmp_path: Path):
+    bad = [molecule("SiH4"), molecule("H2O"), molecule("SiH4")]
+    bad[1].info["mffm_error"] = "of an output that is a source now"
+    write(tmp_path / "in.extxyz", bad)
+
+    def stop(n: int) -> None:
+        if n == 2:
+            raise KeyboardInterrupt
+
+    at = AtFidelity(tiny_release, "pbe")
+    with pytest.raises(KeyboardInterrupt):
+        predict_file(at, tmp_path / "in.extxyz", tmp_path / "out.extxyz", 1, skip_failures=True, progress=stop)
+    summary = predict_file(at, tmp_path / "in.extxyz", tmp_path / "out.extxyz", skip_failures=True)
+    assert (summary.n_frames, summary.n_before, summary.n_failed) == (3, 2, 2)
+
+
+def test_labels_of_the_source_are_kept(tiny_release: Path, tmp_path: Path):
+    atoms = molecule("H2O", cell=[9, 9, 9], pbc=True)
+    rng = np.random.default_rng(0)
+    labels = {
+        "energy": 1.0, "free_energy": 2.0, "energies": rng.random(3), "forces": rng.random((3, 3)),
+        "stress": rng.random(6), "dipole": rng.random(3), "magmom": 1.5, "charges": rng.random(3),
+        "magmoms": rng.random(3), "stresses": rng.random((3, 6)),
+    }  # fmt: skip
+    atoms.calc = SinglePointCalculator(atoms, **labels)
+    write(tmp_path / "in.extxyz", atoms)
+    predict_file(AtFidelity(tiny_release, "pbe"), tmp_path / "in.extxyz", tmp_path / "out.extxyz")
+    found = read(tmp_path / "out.extxyz")
+    for key in ("dipole", "magmom", "charges", "magmoms", "stresses"):
+        np.testing.assert_allclose(found.calc.results[key], labels[key], atol=1e-8)
+    for key in ("energy", "free_energy", "stress"):
+        np.testing.assert_allclose(found.info[f"{key}_source"], labels[key], atol=1e-8)
+    for key in ("energies", "forces"):
+        np.testing.assert_allclose(found.arrays[f"{key}_source"], labels[key], atol=1e-8)
+    assert found.get_potential_energy() != 1.0
 
 
 def test_refused(tiny_release: Path, source: Path, tmp_path: Path):

@@ -8,6 +8,7 @@ import torch
 from ase import Atoms
 from ase.build import bulk, molecule
 from ase.calculators.calculator import Calculator as AseCalculator
+from ase.constraints import FixAtoms
 
 pytest.importorskip("torch_sim")
 
@@ -31,10 +32,14 @@ IS_NEW = hasattr(torch_sim, "Optimizer")
 @pytest.fixture(scope="module")
 def loaded() -> Loaded:
     """A potential without training that knows every element of torch-sim's checks and repels at short range."""
+    return make()
+
+
+def make(**changes: bool) -> Loaded:
     torch.manual_seed(3)
     backbone = {
         "cutoff": 4.0, "lmax": 1, "l_message": 1, "layers": 1, "channels": 8, "edge_channels": 8, "n_radial": 4,
-        "radial_hidden": 8, "ff_expansion": 1, "body_order": 3,
+        "radial_hidden": 8, "ff_expansion": 1, "body_order": 3, **changes,
     }  # fmt: skip
     config = validate(ModelConfig, {"backbone": backbone, "heads": {"hidden": [8]}, "zbl": True}, "test")
     table = FidelityTable([Fidelity("pbe", "PBE", "")])
@@ -118,6 +123,47 @@ def test_cells_are_relaxed(loaded: Loaded):
         relax_many(frames, TorchSimModel(loaded, "pbe"), "shape")
     with pytest.raises(InputError, match="H2O is not periodic"):
         relax_many([molecule("H2O")], TorchSimModel(loaded, "pbe"), "full")
+
+
+def test_charge_and_spin_of_a_state_are_taken_and_refused_in_a_batch():
+    loaded = make(charge_and_spin=True)
+    with torch.no_grad():  # the embeddings start at zero
+        for name, parameter in loaded.potential.named_parameters():
+            if "charges" in name or "spins" in name:
+                parameter.normal_()
+    model, calculator = TorchSimModel(loaded, "pbe"), Calculator(loaded, "pbe", "float64")
+    frames = [molecule("H2O") for _ in range(3)]
+    state = torch_sim.io.atoms_to_state(frames, torch.device("cpu"), torch.float64)
+    fields = {k: getattr(state, k) for k in ("positions", "atomic_numbers", "cell", "pbc", "system_idx")}
+    charge, spin = [0, 1, -1], [1, 2, 0]
+    found = model({**fields, "charge": torch.tensor(charge).double(), "spin": torch.tensor(spin).double()})["energy"]
+    for i, atoms in enumerate(frames):
+        atoms.info.update(charge=charge[i], spin_multiplicity=spin[i])
+        atoms.calc = calculator
+        assert float(found[i]) == pytest.approx(atoms.get_potential_energy(), abs=1e-10)
+    assert len({round(float(e), 6) for e in found}) == 3
+    with pytest.raises(InputError, match=r"charge \[0.5, 0.5, 0.5\]: expected whole numbers"):
+        model({**fields, "charge": torch.full((3,), 0.5)})
+    with pytest.raises(InputError, match=r"structure 1 \(H2O\) has charge 1, spin_multiplicity 2.*without --batched"):
+        relax_many([molecule("H2O"), frames[1]], model)
+
+
+def test_what_a_batch_would_drop_is_refused(loaded: Loaded):
+    model = TorchSimModel(loaded, "pbe")
+    charged = molecule("H2O")
+    charged.info["charge"] = 1
+    relax_many([charged], model, fmax=1e3, steps=1)  # this potential takes none
+    held = molecule("H2O")
+    held.set_constraint(FixAtoms([0]))
+    with pytest.raises(InputError, match=r"structure 0 \(H2O\) has constraints \(FixAtoms\).*without --batched"):
+        relax_many([held], model)
+    slab = bulk("Cu", cubic=True)
+    slab.pbc = (True, True, False)
+    if IS_NEW:
+        relax_many([slab], model, fmax=1e3, steps=1)
+    else:
+        with pytest.raises(InputError, match=r"takes pbc \[True, True, False\] as no periodicity"):
+            relax_many([slab], model)
 
 
 def test_dynamics_of_many_systems_keep_their_energies(loaded: Loaded):

@@ -51,3 +51,12 @@ def test_what_has_no_volume_and_too_few_points():
         module.eos(molecule("H2O"))
     with pytest.raises(InputError, match="4 points"):
         module.eos(bulk("Cu"), points=4)
+
+
+def test_cells_that_do_not_relax_are_counted():
+    atoms = bulk("Cu", cubic=True, a=3.6)
+    atoms.rattle(0.1, seed=1)
+    atoms.calc = EMT()
+    result = module.eos(atoms, points=5, relaxed=True, fmax=1e-3, steps=1)
+    assert result.n_not_relaxed == result.found()["n_not_relaxed"] == 5
+    assert module.eos(atoms, points=5, relaxed=True, fmax=0.05).n_not_relaxed == 0

@@ -22,6 +22,13 @@ def crystal(n: int = 2) -> Atoms:
     return atoms
 
 
+def diamond(release: Path) -> Atoms:
+    """Return a crystal that melts, with our calculator: EMT's own sums depend on when its list was made."""
+    atoms = bulk("C", "diamond", a=4.2, cubic=True)
+    atoms.calc = Calculator(release, fidelity="gfn2", dtype="float64", skin=0.2)
+    return atoms
+
+
 def test_slope_of_a_known_line():
     times = np.linspace(0, 10, 101)
     noise = 0.01 * np.where(np.arange(101) % 2, 1, -1)
@@ -47,22 +54,17 @@ def test_nve_keeps_the_energy_and_a_large_step_does_not(tmp_path: Path):
 
 @pytest.mark.parametrize("ensemble", ["nve", "nvt", "npt"])
 def test_a_trajectory_that_was_killed_is_the_same(tmp_path: Path, tiny_release: Path, ensemble: str):
-    def start() -> Atoms:
-        atoms = bulk("C", "diamond", a=4.2, cubic=True)
-        atoms.calc = Calculator(tiny_release, fidelity="gfn2", dtype="float64", skin=0.2)
-        return atoms
-
     config = MdConfig(ensemble=ensemble, timestep=2.0, log_every=5, save_every=10, pressure=1.0, temperature=3000)
-    atoms = start()
+    atoms = diamond(tiny_release)
     whole = module.md(atoms, config, 40, tmp_path / "whole")
     assert atoms.calc.neighbors.n_made > 2
     part = tmp_path / "part"
-    module.md(start(), config, 20, part)
+    module.md(diamond(tiny_release), config, 20, part)
     with (part / "trajectory.extxyz").open("a") as file:  # as a kill in the middle of a save leaves it
         file.write("4\nLatt")
     with (part / "log.csv").open("a") as file:
         file.write("25,0.1,")
-    resumed = module.md(start(), config, 40, part)
+    resumed = module.md(diamond(tiny_release), config, 40, part)
     assert resumed.n_resumed == 20
     for name in ("log.csv", "trajectory.extxyz"):
         assert (part / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
@@ -109,3 +111,41 @@ def test_momenta_of_the_structure_are_used(tmp_path: Path):
     config = MdConfig(ensemble="nve", temperature=None, timestep=1.0)
     found = module.md(atoms, config, 10, tmp_path / "md")
     assert found.log[0, 3] == pytest.approx(3 * 25 / 2 / atoms.get_masses()[0])
+
+
+@pytest.mark.parametrize("seed", [0, 7])
+def test_the_first_noise_is_not_the_first_momenta_again(tmp_path: Path, seed: int):
+    """The same stream twice would add c momenta to the momenta, c² = 1 - exp(-2 timestep / time) = 0.02: T + 28 %."""
+    config = MdConfig(ensemble="nvt", temperature=300, log_every=1, seed=seed)
+    temperatures = module.md(crystal(), config, 1, tmp_path / "md").log[:, 5]
+    assert temperatures[1] == pytest.approx(temperatures[0], rel=0.1)
+
+
+@pytest.mark.parametrize("ensemble", ["nvt", "npt"])
+def test_a_stop_between_saves_changes_nothing(tmp_path: Path, tiny_release: Path, ensemble: str):
+    config = MdConfig(ensemble=ensemble, timestep=2.0, log_every=5, save_every=10, temperature=3000)
+    for folder, stops in (("whole", (40,)), ("part", (13, 27, 40))):
+        for stop in stops:
+            module.md(diamond(tiny_release), config, stop, tmp_path / folder)
+    with np.load(tmp_path / "whole" / "state.npz") as whole, np.load(tmp_path / "part" / "state.npz") as part:
+        for name in ("step", "positions", "momenta", "cell", "barostat"):
+            np.testing.assert_array_equal(whole[name], part[name])
+    rows, stopped = ((tmp_path / name / "log.csv").read_text().splitlines() for name in ("whole", "part"))
+    assert [row for row in stopped if row.split(",")[0] not in ("13", "27")] == rows
+    assert len(stopped) == len(rows) + 2
+
+
+def test_charge_spin_and_masses_are_of_the_trajectory(tmp_path: Path):
+    module.md(crystal(1), MdConfig(), 1, tmp_path / "a")
+    charged, spun, heavy = crystal(1), crystal(1), crystal(1)
+    charged.info["charge"] = np.int64(1)
+    with pytest.raises(InputError, match="has charge 0, now 1; give another folder"):
+        module.md(charged, MdConfig(), 1, tmp_path / "a")
+    spun.info["spin"] = 3
+    with pytest.raises(InputError, match="has spin_multiplicity 0, now 3"):
+        module.md(spun, MdConfig(), 1, tmp_path / "a")
+    heavy.set_masses([65.0] * 4)
+    with pytest.raises(InputError, match="has structure"):
+        module.md(heavy, MdConfig(), 1, tmp_path / "a")
+    module.md(charged, MdConfig(), 1, tmp_path / "b")
+    assert module.md(charged, MdConfig(), 2, tmp_path / "b").n_resumed == 1
