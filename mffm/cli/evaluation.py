@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from mffm.cli.output import console
+from mffm.cli.output import console, say
+from mffm.errors import known
 
 if TYPE_CHECKING:
     from mffm.evaluate.calibration import Calibration
@@ -28,6 +29,7 @@ def evaluate(
     from mffm.data.store import Store
     from mffm.distributed import tune_allocator
     from mffm.evaluate import parity
+    from mffm.keys import ENERGY
     from mffm.release import NOT_CONSERVATIVE, load
 
     tune_allocator()
@@ -52,7 +54,12 @@ def evaluate(
     if loaded.contents is not None and loaded.contents.uncertainty:
         from mffm.evaluate import calibration
 
-        found = calibration.calibrate(loaded, opened, split, fidelity)
+        fitted = [name.removesuffix(".factor") for name in loaded.contents.uncertainty]
+        judged = [name for name, prop in result.labels if prop == ENERGY and name in fitted]
+        if not judged:
+            say(f"uncertainty not compared: it is of {known(fitted)}, and no energy of these is among the labels above")
+            return
+        found = calibration.calibrate(loaded, opened, split, judged)
         paths = calibration.write(found, loaded, opened, split, folder)
         _show_calibration(found)
         console.print(f"{paths[0]}\n{paths[1]}", highlight=False)

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from mffm.release.outputs import Difference
 
 EXIT_DIFFERENT = 1
+_DEFAULT_WEIGHTS = "best"
 
 
 def release(
@@ -23,9 +24,11 @@ def release(
         str, typer.Argument(help="a run, RUN/checkpoints/step-..., or a release; with --pull a hub's owner/name")
     ],
     target: Annotated[
-        Path | None, typer.Argument(help="folder of the release, or FILE.safetensors: all of it in one file")
+        Path | None, typer.Argument(help="folder, or FILE.safetensors: all in one file (--pull: a folder)")
     ] = None,
-    weights: Annotated[str, typer.Option(help="of a run: best, best-<fidelity>, last (averaged), raw")] = "best",
+    weights: Annotated[
+        str, typer.Option(help="of a run: best, best-<fidelity>, last (averaged), raw")
+    ] = _DEFAULT_WEIGHTS,
     fidelity: Annotated[
         str | None, typer.Option(help="only this one: a plain potential that predicts the same, at no extra cost")
     ] = None,
@@ -43,14 +46,20 @@ def release(
     """Write a release: safetensors, JSON and a card, and no pickle. Push it to a model hub, or pull one."""
     from mffm.release import hub, save
 
+    changed = fidelity is not None or uncertainty or store is not None or weights != _DEFAULT_WEIGHTS
     if target is None and (pull or push is None):
         raise InputError(f"mffm release {source}: say where to write it: a folder, or FILE.safetensors")
     if pull:
         assert target is not None
-        if push is not None or fidelity is not None or uncertainty:
+        if push is not None or changed:
             raise InputError("--pull fetches a release as it is: give other options to a second command")
         path = hub.pull(source, target, revision)
     elif target is None:
+        if changed:
+            raise InputError(
+                f"--push {push} of {source} as it is: with --fidelity, --uncertainty, --store or --weights name a "
+                "TARGET to write first"
+            )
         path = Path(source)
     else:
         path = save(source, target, weights, fidelity, _store_of(source, store, weights) if uncertainty else None)
@@ -103,8 +112,6 @@ def inspect(
     _show_files(loaded)
     if check:
         found = inspection.check(loaded, device)
-        if not found:
-            say("no reference outputs to check: write the release anew with mffm release")
         _show_check(found)
         inspection.require_within(found, loaded)
 
@@ -158,8 +165,12 @@ def diff(
 ) -> None:
     """Show all that two releases have differently: configuration, references, provenance, weights; exit code 1 then."""
     from mffm.release import inspection, load
+    from mffm.release.container import is_release
 
-    found = inspection.changes(load(a, weights), load(b, weights))
+    # Weights are chosen of a run; a release beside it has one set.
+    only_one = is_release(a) != is_release(b)
+    pair = [load(x, "best" if only_one and is_release(x) else weights) for x in (a, b)]
+    found = inspection.changes(pair[0], pair[1])
     if not found:
         say(f"{a} and {b} hold the same")
         return

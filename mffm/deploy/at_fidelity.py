@@ -25,6 +25,7 @@ from mffm.errors import InputError, known
 from mffm.models.potential import Prediction
 from mffm.release import NOT_CONSERVATIVE, Loaded, load
 from mffm.release import uncertainty as last_layer
+from mffm.release.loading import require_device
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 Results = dict[str, Any]  # property of ASE → value
@@ -58,11 +59,7 @@ class AtFidelity:
     ):
         if dtype not in DTYPES:
             raise InputError(f"dtype {dtype!r}: known are {known(DTYPES)}")
-        try:
-            torch.empty(0, device=device)
-        except (RuntimeError, AssertionError) as error:  # torch asserts where it was built without CUDA
-            reason = str(error).splitlines()[0]
-            raise InputError(f"device {str(device)!r} cannot be used: {reason}; 'cpu' always can") from error
+        require_device(device)
         tune_allocator()
         self.dtype, self.device, self.fidelity = DTYPES[dtype], torch.device(device), fidelity
         loaded = release if isinstance(release, Loaded) else load(release, weights, device, self.dtype)

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 import yaml
-from ase.data import chemical_symbols
+from ase.data import atomic_numbers, chemical_symbols, covalent_radii
 
 from mffm import __version__
 from mffm.release.loading import NOT_CONSERVATIVE
@@ -47,14 +47,7 @@ def card(name: str, path: str, spec: PotentialSpec, n_parameters: int, metrics: 
             if folded
             else []
         ),
-        "```python",
-        "from mffm.deploy.ase import Calculator",
-        "from ase.build import molecule",
-        "",
-        'atoms = molecule("CH3CH2OH")',
-        f'atoms.calc = Calculator("{path}", fidelity="{spec.fidelities.names[-1]}")',
-        "print(atoms.get_potential_energy(), atoms.get_forces())",
-        "```",
+        *_example(path, spec),
         "",
         "There is no default fidelity: say which level of theory you want. No file holds code or a pickle; "
         "`mffm inspect --check` compares every file with `manifest.json`, and predictions with the reference outputs.",
@@ -65,6 +58,30 @@ def card(name: str, path: str, spec: PotentialSpec, n_parameters: int, metrics: 
         *_references(spec),
     ]
     return "\n".join(lines) + "\n"
+
+
+def _example(path: str, spec: PotentialSpec) -> list[str]:
+    """Return code that runs: at a fidelity with references, for a structure of elements that have one there."""
+    names = spec.fidelities.names
+    fidelity = next((n for n in reversed(names) if spec.references.elements(n)), names[-1])
+    elements = spec.references.elements(fidelity)
+    if not elements:  # trained without energies: no structure can be calculated
+        return []
+    if {"C", "H", "O"} <= set(elements):
+        structure = ["from ase.build import molecule", "", 'atoms = molecule("CH3CH2OH")']
+    else:
+        a, b = elements[0], elements[-1]
+        formula = a + b if a != b else f"{a}2"
+        distance = sum(covalent_radii[atomic_numbers[x]] for x in (a, b))
+        structure = ["from ase import Atoms", "", f'atoms = Atoms("{formula}", [[0, 0, 0], [0, 0, {distance:.2f}]])']
+    return [
+        "```python",
+        "from mffm.deploy.ase import Calculator",
+        *structure,
+        f'atoms.calc = Calculator("{path}", fidelity="{fidelity}")',
+        "print(atoms.get_potential_energy(), atoms.get_forces())",
+        "```",
+    ]
 
 
 def front_matter(name: str, spec: PotentialSpec, metrics: Mapping[str, Any]) -> dict[str, Any]:

@@ -109,7 +109,7 @@ def _read_folder(folder: Path) -> Contents:
         if name == CARD and not (folder / name).exists():
             changed.append(name)
             continue
-        data = read_plain(folder / name, MAX_JSON_BYTES if name in TEXT_FILES else None)
+        data = read_plain(folder / name, MAX_JSON_BYTES if name in TEXT_FILES else entry["size"])
         if name == CARD:  # people edit cards, on a hub for example; nothing is computed from one
             changed += [name] if _differs(data, entry) else []
         elif len(data) != entry["size"]:
@@ -160,8 +160,8 @@ def _read_version_1(folder: Path) -> Contents:
 
 
 def _read_single(path: Path) -> Contents:
-    data = read_plain(path)
-    texts = _metadata(data, str(path))
+    header = _header(path)
+    texts = _metadata(header, str(path))
     if MANIFEST not in texts:
         raise InputError(
             f"{path}: a file without {MANIFEST} in its metadata: not a release in the single-file form; a release in a "
@@ -179,7 +179,9 @@ def _read_single(path: Path) -> Contents:
             raise InputError(f"{path}: lacks {name}; get it again")
         elif _differs(text.encode(), entry):
             raise InputError(f"{path}: {name}: its SHA-256 differs from the manifest's; it is damaged or was changed")
-    everything = parse_weights(data, str(path))
+    # Tensors take as much here as in files of their own, which have headers besides.
+    stated = sum(entry["size"] for name, entry in manifest["files"].items() if name in TENSOR_FILES)
+    everything = parse_weights(read_plain(path, len(header) + stated), str(path))
     own = {k: v for k, v in everything.items() if not k.startswith(_SINGLE_UNCERTAINTY)}
     further = {k.removeprefix(_SINGLE_UNCERTAINTY): v for k, v in everything.items() if k not in own}
     _check_tensors(own, manifest, str(path))
@@ -197,14 +199,19 @@ def _read_single(path: Path) -> Contents:
     )
 
 
-def _metadata(data: bytes, place: str) -> dict[str, str]:
-    """Return the metadata of a safetensors file: 8 bytes of length, little-endian, then a JSON header."""
-    length = int.from_bytes(data[:8], "little")
-    if len(data) < 8 or length > len(data) - 8:
-        raise InputError(f"{place}: not a whole safetensors file; it was cut off, or is something else")
+def _header(path: Path) -> bytes:
+    """Return a safetensors file up to its tensors: 8 bytes of length, little-endian, then a JSON header."""
+    start = read_plain(path, first=8)
+    length = int.from_bytes(start, "little")
+    if len(start) < 8 or length > path.stat().st_size - 8:
+        raise InputError(f"{path}: not a whole safetensors file; it was cut off, or is something else")
     if length > _MAX_HEADER:
-        raise InputError(f"{place}: a header of {length:,} bytes, more than the {_MAX_HEADER:,} that it may have")
-    metadata = parse_json(data[8 : 8 + length], place).get("__metadata__", {})
+        raise InputError(f"{path}: a header of {length:,} bytes, more than the {_MAX_HEADER:,} that it may have")
+    return read_plain(path, first=8 + length)
+
+
+def _metadata(header: bytes, place: str) -> dict[str, str]:
+    metadata = parse_json(header[8:], place).get("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise InputError(f"{place}: metadata that is no text; it is damaged, get it again")
     for name, text in metadata.items():
@@ -239,7 +246,12 @@ def _checked_manifest(data: bytes, place: str) -> dict[str, Any]:
     for name, entry in files.items():
         if name not in FILES or name == MANIFEST:
             raise InputError(f"{place}: lists {name!r}, which is not a part of a release; its parts: {known(FILES)}")
-        if not (isinstance(entry, dict) and _SHA256.fullmatch(str(entry.get("sha256"))) and "size" in entry):
+        if not (
+            isinstance(entry, dict)
+            and _SHA256.fullmatch(str(entry.get("sha256")))
+            and type(entry.get("size")) is int  # True is an int, too
+            and entry["size"] >= 0
+        ):
             raise InputError(f"{place}: no SHA-256 or size of {name}; get it again")
     return manifest
 

@@ -31,14 +31,15 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def read_plain(path: Path, limit: int | None = None) -> bytes:
+def read_plain(path: Path, limit: int | None = None, first: int = -1) -> bytes:
     """Return the bytes of a file that lies where it says: a link is not followed, a pipe or device not opened.
 
     Args:
         limit: bytes; more is refused before it is read.
+        first: read so many bytes from the start; all where negative.
 
     Raises:
-        InputError: missing, a symbolic link, not a plain file, too large, or not readable.
+        InputError: missing, a symbolic link, not a plain file, too large (for memory, too), or not readable.
     """
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)  # a pipe would block without the last
@@ -54,7 +55,10 @@ def read_plain(path: Path, limit: int | None = None) -> bytes:
             raise InputError(f"{path}: not a plain file; get the release again")
         if limit is not None and found.st_size > limit:
             raise InputError(f"{path}: {found.st_size:,} bytes, more than the {limit:,} that such a file may have")
-        return file.read()
+        try:
+            return file.read(first)
+        except MemoryError as error:
+            raise InputError(f"{path}: {found.st_size:,} bytes, more than memory holds; get it again") from error
 
 
 def refuse_links(folder: Path) -> None:

@@ -45,9 +45,14 @@ def pull(repository: str, target: Path, revision: str | None = None) -> Path:
     """Download a release into a new folder; it is checked before it gets its name.
 
     Raises:
-        InputError: the target exists, huggingface_hub is not installed, the hub has no such repository or revision, or
-            what it has is not a whole release.
+        InputError: the target is named like a single file, or exists, huggingface_hub is not installed, the hub has no
+            such repository or revision, or what it has is not a whole release.
     """
+    if target.suffix == container.SINGLE_SUFFIX:
+        folder = target.with_suffix("")
+        raise InputError(
+            f"{target}: a pull writes a folder; name one, then make the file with mffm release {folder} {target}"
+        )
     container.refuse_existing(target)
     aside = target.with_name(target.name + ".partial")
     shutil.rmtree(aside, ignore_errors=True)

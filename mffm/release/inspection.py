@@ -6,11 +6,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from mffm.errors import InputError
 from mffm.release import outputs
 from mffm.release.card import licence_chain
-from mffm.release.loading import Loaded
+from mffm.release.loading import Loaded, require_device
 
 _SHOWN = 60  # characters of a value
 
@@ -95,11 +96,18 @@ def check(loaded: Loaded, device: str = "cpu") -> dict[str, list[outputs.Differe
     """Predict all structures of the reference outputs at every fidelity, in both dtypes, on a device.
 
     Returns:
-        dtype → differences, worst of each fidelity and quantity; empty for a release without outputs.
+        dtype → differences, worst of each fidelity and quantity.
+
+    Raises:
+        InputError: there are no reference outputs: a run, or written by version 1; a device that cannot be used.
     """
+    require_device(device)
     stored, found = stored_outputs(loaded), {}
     if stored is None:
-        return {}
+        raise InputError(
+            f"{loaded.path}: no reference outputs to check, a run and a release of version 1 have none; mffm release "
+            "writes one that has them"
+        )
     for name, dtype in (("float64", torch.float64), ("float32", torch.float32)):
         potential = loaded.potential.to(device=device, dtype=dtype)
         worst: dict[tuple[str, str], outputs.Difference] = {}
@@ -129,18 +137,22 @@ def changes(a: Loaded, b: Loaded) -> list[Change]:
     mine, theirs = _documents(a), _documents(b)
     for name in dict.fromkeys([*mine, *theirs]):
         found += list(_leaves_that_differ(name, mine.get(name, {}), theirs.get(name, {})))
-    return [*found, *_weights(a, b), *_predictions(a, b)]
+    states = [x.potential.state_dict() for x in (a, b)]
+    factors = [{} if x.contents is None else x.contents.uncertainty for x in (a, b)]
+    found += [*_tensors("weights", *states), *_tensors("uncertainty", *factors)]
+    return [*found, *_predictions(a, b)]
 
 
 def _documents(loaded: Loaded) -> dict[str, Any]:
     documents = loaded.spec.documents()
-    metrics = {} if loaded.contents is None else loaded.contents.documents.get("metrics.json", {})
+    further = {} if loaded.contents is None else loaded.contents.documents
     by_name = {row["name"]: row for row in documents["fidelities.json"]["fidelities"]}
     return {
         "config": documents["config.json"],
         "fidelities": by_name,
         "provenance": documents["provenance.json"],
-        "metrics": metrics,
+        "metrics": further.get("metrics.json", {}),
+        "uncertainty": further.get("uncertainty.json", {}),
     }
 
 
@@ -164,18 +176,17 @@ def _text(value: Any) -> str:
     return text if len(text) <= _SHOWN else text[: _SHOWN - 1] + "…"
 
 
-def _weights(a: Loaded, b: Loaded) -> Iterator[Change]:
-    mine, theirs = a.potential.state_dict(), b.potential.state_dict()
+def _tensors(part: str, mine: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> Iterator[Change]:
     for name in dict.fromkeys([*mine, *theirs]):
         if name not in mine or name not in theirs:
             shapes = [_text(list(s[name].shape)) if name in s else "—" for s in (mine, theirs)]
-            yield Change("weights", name, *shapes)
+            yield Change(part, name, *shapes)
         elif mine[name].shape != theirs[name].shape:
-            yield Change("weights", name, _text(list(mine[name].shape)), _text(list(theirs[name].shape)))
+            yield Change(part, name, _text(list(mine[name].shape)), _text(list(theirs[name].shape)))
         elif not torch.equal(mine[name], theirs[name]):
             x, y = mine[name].double(), theirs[name].double()
             rms = [f"rms {float(t.square().mean().sqrt()):.4g}" for t in (x, y)]
-            yield Change("weights", name, rms[0], f"{rms[1]}, differing by up to {float((x - y).abs().max()):.3g}")
+            yield Change(part, name, rms[0], f"{rms[1]}, differing by up to {float((x - y).abs().max()):.3g}")
 
 
 def _predictions(a: Loaded, b: Loaded) -> Iterator[Change]:

@@ -19,6 +19,7 @@ NOT_CONSERVATIVE = (
     "not conservative: forces and stress come from direct heads and are not derivatives of the energy; "
     "molecular dynamics does not keep the energy, and relaxations and phonons are not consistent with it"
 )
+_DEFAULT = "best"
 _OF_CHECKPOINT = {"raw": "model.safetensors", "last": "ema.safetensors"}
 
 
@@ -55,28 +56,46 @@ def load(
     Args:
         weights: of a run: ``best``, ``best-<fidelity>``, ``last`` (moving average) or ``raw``; of a checkpoint
             (``RUN/checkpoints/step-...``), from training at any ZeRO stage and on any number of ranks: ``raw``, and
-            ``last`` for anything else. A release has one set only.
+            ``last``, which ``best`` stands for. A release has one set only, and is loaded as that or as ``best``.
 
     Raises:
-        InputError: not a release, run or checkpoint; damaged; changed; newer; or weights that do not fit the
-            configuration.
+        InputError: not a release, run or checkpoint; damaged; changed; newer; it has no such weights, or weights that
+            do not fit the configuration; a device that cannot be used.
     """
     path = Path(path)
     if not path.exists():
         raise InputError(f"{path}: no such release or run")
-    loaded = _load_release(path) if container.is_release(path) else _load_run(path, weights)
+    require_device(device)
+    loaded = _load_release(path, weights) if container.is_release(path) else _load_run(path, weights)
     loaded.potential.to(device=device, dtype=dtype)
     return loaded
 
 
-def _load_release(path: Path) -> Loaded:
+def require_device(device: torch.device | str) -> None:
+    """Refuse a device that is misspelt or not there.
+
+    Raises:
+        InputError: naming it, with torch's reason.
+    """
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch asserts where it was built without CUDA
+        reason = str(error).splitlines()[0]
+        raise InputError(f"device {str(device)!r} cannot be used: {reason}; 'cpu' always can") from error
+
+
+def _load_release(path: Path, weights: str) -> Loaded:
     contents = container.read(path)
     spec = PotentialSpec.from_documents(contents.documents, str(path))
+    chosen = str(spec.provenance.get("release", {}).get("weights"))
+    if weights not in (_DEFAULT, chosen):
+        raise InputError(
+            f"{path}: a release of the weights {chosen!r}, it has no {weights!r}: leave weights out, or load the run"
+        )
     potential = _built(spec, contents.tensors, str(path if contents.is_single_file else path / container.WEIGHTS))
     if "outputs.json" in contents.documents:
         stored = outputs.Outputs.from_dict(contents.documents["outputs.json"], str(path))
         outputs.require_same(stored, potential, spec, str(path))
-    chosen = str(spec.provenance.get("release", {}).get("weights"))
     files = contents.manifest.get("files", {})
     digest = files[container.WEIGHTS]["sha256"] if files else sha256(path / container.WEIGHTS)
     return Loaded(spec, potential, path, chosen, digest, contents)
@@ -86,7 +105,9 @@ def _load_run(path: Path, weights: str) -> Loaded:
     run, file, expected = path, path / "weights" / f"{weights}.safetensors", None
     if (path / "state.json").is_file():
         run = path.parent.parent
-        weights = weights if weights in _OF_CHECKPOINT else "last"
+        if weights not in (_DEFAULT, *_OF_CHECKPOINT):
+            raise InputError(f"{path}: a checkpoint has no weights {weights!r}; it has: {known(_OF_CHECKPOINT)}")
+        weights = "last" if weights == _DEFAULT else weights
         file = path / _OF_CHECKPOINT[weights]
         expected = read_json(path / "state.json").get("sha256", {}).get(file.name)
     if not (run / "potential" / "config.json").is_file():

@@ -1,5 +1,6 @@
 """Writing a release: of a run, of a checkpoint, or of another release; of all its fidelities or folded to one."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,7 @@ def save(
         "written_by": code_version(),
         "licences": sorted({str(s.get("licence")) for s in licence_chain(spec.provenance)}),
     }
-    spec.provenance = {**spec.provenance, "release": record}
+    spec.provenance = {**_without_places(spec.provenance), "release": record}
     tensors, report = _uncertainty(loaded, fit_uncertainty_on)
     if fidelity is not None:
         loaded = folded(loaded, fidelity)
@@ -132,6 +133,24 @@ def _metrics(run: Path, loaded: Loaded) -> dict[str, Any]:
         return dict(loaded.contents.documents.get("metrics.json", {}))
     metrics = {p.stem.removeprefix("evaluation-"): read_json(p) for p in sorted(run.glob("evaluation-*.json"))}
     return {split: report for split, report in metrics.items() if report["weights_sha256"] == loaded.weights_sha256}
+
+
+def _without_places(provenance: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a provenance that names the run, and what it was fine-tuned from, without their folders.
+
+    ``recipe.data.store`` keeps its path: ``mffm evaluate`` and ``--uncertainty`` open it where no store is given.
+    """
+    found = dict(provenance)
+    if "recipe" in found:
+        recipe = found["recipe"]
+        names = {key: Path(recipe[key]).name for key in ("run", "start_from") if recipe.get(key)}
+        found["recipe"] = {**recipe, **names}
+    if "start_from" in found:
+        base = found["start_from"]
+        found["start_from"] = {
+            **base, "path": Path(base["path"]).name, "provenance": _without_places(base["provenance"])
+        }  # fmt: skip
+    return found
 
 
 def _earlier(loaded: Loaded) -> dict[str, Any]:

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import random
+import resource
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,7 @@ from mffm.errors import InputError
 from mffm.release import container, load
 from mffm.release import save as save_release
 from mffm.release.container import MANIFEST
+from mffm.release.files import read_plain
 
 GOLDEN = Path(__file__).parents[2] / "golden"
 FORMS = ["folder", "single"]
@@ -172,6 +174,35 @@ def test_a_huge_or_deep_json_is_refused(copy: Path, tiny_release: Path, tmp_path
         load(deep)
 
 
+@pytest.mark.parametrize("size", ["12", None, True, 1.5, -1])
+def test_a_size_that_is_none_is_refused(copy: Path, size: object):
+    edit(copy / MANIFEST, lambda c: c["files"]["config.json"].update(size=size))
+    with pytest.raises(InputError, match=r"manifest.json: no SHA-256 or size of config.json"):
+        load(copy)
+
+
+def test_tensors_larger_than_the_manifest_says_are_not_read(copy: Path, single: Path, tmp_path: Path):
+    file = Path(shutil.copy(single, tmp_path / "large.safetensors"))
+    for path, release in ((copy / "model.safetensors", copy), (file, file)):
+        os.truncate(path, 10**12)  # sparse
+        with pytest.raises(InputError, match=rf"{path.name}: 1,000,000,000,000 bytes, more than"):
+            load(release)
+
+
+def test_a_file_larger_than_memory_is_refused(tmp_path: Path):
+    file = tmp_path / "large"
+    file.touch()
+    os.truncate(file, 2**36)  # sparse
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + 2**30, before[1]))
+    try:
+        with pytest.raises(InputError, match=r"68,719,476,736 bytes, more than memory holds"):
+            read_plain(file)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
+
+
 def test_an_edited_card_and_other_files_do_not_matter(copy: Path):
     (copy / "README.md").write_text("my own words")
     (copy / "evaluation-test.json").write_text("{}")
@@ -181,7 +212,7 @@ def test_an_edited_card_and_other_files_do_not_matter(copy: Path):
 
 
 def test_hidden_tensors_of_a_single_file_are_refused(single: Path, tmp_path: Path):
-    metadata = container._metadata(single.read_bytes(), "")
+    metadata = container._metadata(container._header(single), "")
     for name in ("uncertainty/x", "y"):
         path = tmp_path / "more.safetensors"
         path.write_bytes(save({**load_file(single), name: torch.zeros(2)}, metadata))

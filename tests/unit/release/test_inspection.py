@@ -33,9 +33,19 @@ def test_inspect_tells_what_a_user_asks(tiny_release: Path):
 
 
 def test_inspect_of_version_1_a_single_file_and_a_run(tiny_run: Path, tiny_release: Path, tmp_path: Path):
-    assert "written by version 1" in mffm("inspect", GOLDEN / "release-v1", "--check")[1]
+    assert "written by version 1" in mffm("inspect", GOLDEN / "release-v1")[1]
     assert "single file" in mffm("inspect", save(tiny_release, tmp_path / "one.safetensors"))[1]
     assert "a run's folder" in mffm("inspect", tiny_run)[1]
+
+
+def test_a_check_of_nothing_is_refused(tiny_run: Path, tiny_release: Path):
+    for path in (tiny_run, GOLDEN / "release-v1"):
+        with pytest.raises(InputError, match="no reference outputs to check"):
+            mffm("inspect", path, "--check")
+    with pytest.raises(InputError, match="device 'cudda' cannot be used"):
+        mffm("inspect", tiny_release, "--check", "--device", "cudda")
+    with pytest.raises(InputError, match="device 'cudda' cannot be used"):
+        load(tiny_release, device="cudda")
 
 
 def test_check_sees_what_a_load_does_not(tiny_release: Path, monkeypatch: pytest.MonkeyPatch):
@@ -106,6 +116,8 @@ def test_diff_names_every_part_that_differs(tiny_run: Path, tiny_release: Path, 
     assert [(c.where, c.a, c.b) for c in found if c.part == "provenance"] == [("release.weights", "best", "raw")]
     assert {c.where for c in found if c.part == "predictions"} == {"gfn2", "pbe"}
     assert "release.weights" in text
+    assert mffm("diff", tiny_run, raw, "--weights", "raw")[0] == 1  # of the run: a release has one set only
+    assert not [c for c in inspection.changes(load(tiny_run, "raw"), load(raw)) if c.part == "weights"]
 
     changed = load(tiny_release)
     changed.spec.scale *= 2

@@ -58,6 +58,16 @@ def test_weights_of_a_run_are_chosen_by_name(tiny_run: Path):
         load(tiny_run, "median")
 
 
+def test_weights_that_are_not_there_are_not_replaced_by_others(tiny_run: Path, tiny_release: Path, tmp_path: Path):
+    step = tiny_run / "checkpoints" / "step-00000003"
+    assert load(step).weights == "last"
+    with pytest.raises(InputError, match=r"a checkpoint has no weights 'best-pbe'; it has: last, raw"):
+        load(step, "best-pbe")
+    with pytest.raises(InputError, match=r"a release of the weights 'best', it has no 'raw'"):
+        save(tiny_release, tmp_path / "raw", "raw")
+    assert load(save(tiny_run, tmp_path / "raw", "raw"), "raw").weights == "raw"
+
+
 @pytest.mark.parametrize(("weights", "file"), [("raw", "model"), ("last", "ema")])
 def test_a_checkpoint_is_released_as_it_stands(tiny_run: Path, tmp_path: Path, weights: str, file: str):
     """What a killed run leaves: no weights/ of its end, a checkpoint of raw and averaged weights."""
@@ -176,6 +186,54 @@ def test_front_matter_is_what_hubs_read(tiny_run: Path, tmp_path: Path, molecule
     assert {"multi-fidelity", "pbe", "gfn2"} <= set(content["tags"])
     assert all(r["metrics"][0]["value"] > 0 for r in content["model-index"][0]["results"])
     assert body.startswith("\n# release\n")
+
+
+@pytest.mark.parametrize(
+    ("removed", "formula", "fidelity"),
+    [((), "C2H6O", "pbe"), (("O",), "HN", "pbe"), (("H", "C", "N", "O"), "", "gfn2")],
+)
+def test_the_example_of_the_card_runs(
+    tiny_run: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    removed: tuple[str, ...],
+    formula: str,
+    fidelity: str,
+):
+    """Of a potential without some elements at pbe, or without energies there."""
+    run = Path(shutil.copytree(tiny_run, tmp_path / "run"))
+    file = run / "potential" / "fidelities.json"
+    content = json.loads(file.read_text())
+    for element in removed:
+        del content["fidelities"][1]["references"][element]
+    file.write_text(json.dumps(content))
+    code = (save(run, tmp_path / "release") / "README.md").read_text().split("```")[1].removeprefix("python\n")
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    exec(code, names)
+    assert names["atoms"].get_chemical_formula() == (formula or "C2H6O")
+    assert f'fidelity="{fidelity}"' in code
+
+
+def test_folders_of_the_training_machine_stay_there(tiny_run: Path, tmp_path: Path):
+    run = Path(shutil.copytree(tiny_run, tmp_path / "run"))
+    file = run / "potential" / "provenance.json"
+    content = json.loads(file.read_text())
+    base = json.loads(file.read_text())
+    content["recipe"]["start_from"] = "/home/somebody/base"
+    content["start_from"] = {"path": "/home/somebody/base", "provenance": base}
+    file.write_text(json.dumps(content))
+    found = load(save(run, tmp_path / "release")).spec.provenance
+    store = found["recipe"]["data"]["store"]
+    assert store == content["recipe"]["data"]["store"]  # mffm evaluate opens it
+    assert (found["recipe"]["run"], found["recipe"]["start_from"], found["start_from"]["path"]) == (
+        "run",
+        "base",
+        "base",
+    )
+    text = json.dumps(found).replace(store, "")
+    assert "/home/somebody" not in text
+    assert str(tiny_run) not in text
 
 
 def test_mixed_licences_are_not_passed_off_as_one():

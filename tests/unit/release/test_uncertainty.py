@@ -6,11 +6,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from typer.testing import CliRunner
 
+from mffm.cli import app
 from mffm.data.store import Store
 from mffm.errors import InputError
 from mffm.evaluate import calibration
-from mffm.release import container, load, save, uncertainty
+from mffm.release import container, inspection, load, save, uncertainty
 from mffm.release.uncertainty import Systems, fit_factor
 
 
@@ -93,6 +95,38 @@ def test_fitted_stored_and_evaluated(release: Path, molecule_store: Path, tmp_pa
     assert paths[1].stat().st_size > 10_000
     one = uncertainty.systems(loaded, store, store.rows(split="val", fidelity="pbe")[:5], "pbe")
     assert (uncertainty.of(loaded, "pbe").of(one.inputs) > 0).all()
+
+
+def test_diff_of_two_uncertainties(release: Path, tiny_release: Path, tmp_path: Path):
+    contents = load(release).contents
+    documents = json.loads(json.dumps(contents.documents))
+    documents["uncertainty.json"]["fidelities"]["pbe"]["alpha"] *= 2
+    factors = {**contents.uncertainty, "pbe.factor": 2 * contents.uncertainty["pbe.factor"]}
+    other = container.write(tmp_path / "other", documents, contents.tensors, contents.card, factors)
+    found = inspection.changes(load(release), load(other))
+    assert {(c.part, c.where) for c in found} == {
+        ("uncertainty", "fidelities.pbe.alpha"),
+        ("uncertainty", "pbe.factor"),
+    }
+    without = inspection.changes(load(release), load(tiny_release))
+    assert {c.where for c in without if c.part == "uncertainty"} >= {"gfn2.factor", "pbe.factor", "fidelities"}
+
+
+def test_an_evaluation_without_energies_of_its_fidelities_ends_well(
+    release: Path, molecule_store: Path, tmp_path: Path
+):
+    contents = load(release).contents
+    documents = json.loads(json.dumps(contents.documents))
+    del documents["uncertainty.json"]["fidelities"]["gfn2"]
+    factors = {"pbe.factor": contents.uncertainty["pbe.factor"]}
+    one = container.write(tmp_path / "pbe", documents, contents.tensors, contents.card, factors)
+    arguments = ["evaluate", str(one), "--store", str(molecule_store), "--output", str(tmp_path / "errors")]
+    done = CliRunner().invoke(app, [*arguments, "--fidelity", "gfn2"], catch_exceptions=False)
+    assert done.exit_code == 0
+    assert "uncertainty not compared: it is of pbe, and no energy" in done.stdout
+    assert {p.name for p in (tmp_path / "errors").iterdir()} == {"evaluation-test.json", "parity-test.png"}
+    done = CliRunner().invoke(app, arguments, catch_exceptions=False)
+    assert set(json.loads((tmp_path / "errors" / "calibration-test.json").read_text())["fidelities"]) == {"pbe"}
 
 
 def test_every_form_keeps_it(release: Path, tmp_path: Path):
