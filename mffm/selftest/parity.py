@@ -8,7 +8,8 @@ plain torch in this process: the same module, the whole global batch at once, th
 them (gradients below 1e-3 of the largest count as that), or the relative error of the norm in the log, if larger.
 ``parameter_error``: max |difference| / max |reference| over all parameters after the last step. ``update_error``: the
 same difference by the longest way that a parameter went (about 0.01, where weights go up to 4: float32 resolves 1e-5
-of it); 100 times the bound passes.
+of it); 100 times the bound passes, 300 times with SOAP, whose basis lets rounding choose where a gradient has no
+component (1.1e-3 on an AMD EPYC, 2e-4 on an Intel Xeon).
 """
 
 import argparse
@@ -51,6 +52,8 @@ from mffm.training import sharding
 from mffm.training.loop import train_step
 from mffm.training.quarantine import LossWatch
 from mffm.training.setup import Setup, Trainee
+
+UPDATE_BOUND = {"adamw": 100, "soap": 300}  # of the bound
 
 STEPS = 5
 LR = 2e-3
@@ -250,7 +253,7 @@ def matrix(
                     "gradient_error": errors[0],
                     "parameter_error": errors[1],
                     "update_error": errors[2],
-                    "passed": max(errors[:2]) <= bound and errors[2] <= 100 * bound,
+                    "passed": max(errors[:2]) <= bound and errors[2] <= UPDATE_BOUND[kind] * bound,
                     "seconds": round(time.perf_counter() - started, 3),
                 }
 
