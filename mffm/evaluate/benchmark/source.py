@@ -5,6 +5,7 @@ import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import yaml
@@ -42,17 +43,13 @@ class Source:
         """
         if not self.is_foreign:
             return self._of_release()
-        module_name, _, factory_name = self.spec.removeprefix(FOREIGN).partition(":")
-        if not module_name or not factory_name:
-            raise InputError(f"{self.spec!r}: expected ase:package.module:factory, e.g. ase:ase.calculators.emt:EMT")
-        try:
-            module = importlib.import_module(module_name)
-        except ImportError as error:
-            raise InputError(f"{self.spec}: {error}; install the package, or set PYTHONPATH to where it is") from error
+        module, factory_name = self._module()
         factory = getattr(module, factory_name, None)
         if not callable(factory):
             names = known(n for n, v in vars(module).items() if callable(v) and not n.startswith("_"))
-            raise InputError(f"{self.spec}: {module_name} has no function or class {factory_name!r}; it has: {names}")
+            raise InputError(
+                f"{self.spec}: {module.__name__} has no function or class {factory_name!r}; it has: {names}"
+            )
         try:
             calculator = factory(**self.arguments)
         except TypeError as error:
@@ -60,6 +57,16 @@ class Source:
         if not isinstance(calculator, BaseCalculator):
             raise InputError(f"{self.spec} returned {type(calculator).__name__}; expected an ASE calculator")
         return calculator
+
+    def _module(self) -> tuple[ModuleType, str]:
+        """Return the module of a factory, and the factory's name."""
+        module_name, _, factory_name = self.spec.removeprefix(FOREIGN).partition(":")
+        if not module_name or not factory_name:
+            raise InputError(f"{self.spec!r}: expected ase:package.module:factory, e.g. ase:ase.calculators.emt:EMT")
+        try:
+            return importlib.import_module(module_name), factory_name
+        except ImportError as error:
+            raise InputError(f"{self.spec}: {error}; install the package, or set PYTHONPATH to where it is") from error
 
     def _of_release(self) -> BaseCalculator:
         from mffm.deploy.ase import Calculator
@@ -76,7 +83,7 @@ class Source:
         """Return what must be equal for results to belong together, with the digests of files that arguments name."""
         found: dict[str, Any] = {"potential": self.spec, "arguments": dict(self.arguments)}
         if self.is_foreign:
-            module = importlib.import_module(self.spec.removeprefix(FOREIGN).partition(":")[0])
+            module, _ = self._module()
             package = module.__name__.partition(".")[0]
             found["version"] = str(getattr(importlib.import_module(package), "__version__", "not known"))
             found["file"] = Path(inspect.getfile(module)).name

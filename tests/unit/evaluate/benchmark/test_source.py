@@ -42,6 +42,12 @@ def test_identity_tells_potentials_apart():
     assert one != Source("ase:ase.calculators.emt:EMT", arguments={"asap_cutoff": True}).identity()
 
 
+@pytest.mark.parametrize("spec", ["ase:ase.calculators.emt", "ase:no_such_package:X"])
+def test_an_identity_that_cannot_be_had_is_told_as_a_calculator_is(spec: str):
+    with pytest.raises(InputError, match=r"expected ase:|install the package"):
+        Source(spec).identity()
+
+
 def test_identity_tells_two_checkpoints_of_one_name_apart(tmp_path: Path):
     checkpoint = tmp_path / "checkpoint_best.pth"
     found = []
