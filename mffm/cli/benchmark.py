@@ -78,13 +78,9 @@ def benchmark(
         Options(corrected_energies, kappa_displacement),
     )
     mapped = source.parse_map(fidelity_map or [], list(suites.TASKS))
-    if potential.startswith(source.FOREIGN) and (fidelity or fidelity_map):
-        option = "--fidelity" if fidelity else "--fidelity-map"
-        raise InputError(
-            f"{option} {(fidelity or fidelity_map or [])[0]!r} with {potential}: a factory has none; give its own "
-            "argument by --with, e.g. --with modal=r2scan"
-        )
+    _refuse_fidelity_of_factory(potential, fidelity or [], fidelity_map or [])
     keywords = source.parse_arguments(arguments or [])
+    _require_folder(data)
     folder = output or Path("runs/benchmarks") / Path(potential.replace(":", "-")).name
     labels: list[str | None] = [*fidelity] if fidelity else [None]
     runs: dict[str, list[Outcome]] = {}
@@ -97,6 +93,17 @@ def benchmark(
         submit.write(folder / label if len(runs) > 1 else folder, outcomes, settings.options, submission)
         _show(label, outcomes)
     console.print(f"report: {path}", highlight=False)
+
+
+def _refuse_fidelity_of_factory(potential: str, fidelity: "list[str]", fidelity_map: "list[str]") -> None:
+    from mffm.evaluate.benchmark.source import FOREIGN
+
+    if potential.startswith(FOREIGN) and (fidelity or fidelity_map):
+        option = "--fidelity" if fidelity else "--fidelity-map"
+        raise InputError(
+            f"{option} {[*fidelity, *fidelity_map][0]!r} with {potential}: a factory has none; give its own argument "
+            "by --with, e.g. --with modal=r2scan"
+        )
 
 
 def _run(sources: "dict", settings: "Settings", folder: Path) -> "list[Outcome]":
@@ -133,11 +140,15 @@ def _show(label: str, outcomes: "list[Outcome]") -> None:
     console.print(table)
 
 
+def _require_folder(folder: Path) -> None:
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such folder")
+
+
 def _show_data(folder: Path, names: list[str]) -> None:
     from mffm.evaluate.benchmark import suites
 
-    if not folder.is_dir():
-        raise InputError(f"{folder}: no such folder")
+    _require_folder(folder)
     table = Table("task", "file", "state", "published", "layout", title=str(folder))
     for name, file, state in suites.check_data(folder, names):
         table.add_row(name, file.path, state, *(("", "") if state == "present" else (file.published, file.layout)))

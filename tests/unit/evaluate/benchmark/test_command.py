@@ -71,6 +71,7 @@ def test_data_are_checked(public_data: Path, tmp_path: Path):
         (["ase:ase.calculators.emt:EMT", "--suite", "matbench"], "no suite 'matbench'"),
         (["ase:ase.calculators.emt:EMT", "--task", "elastic"], "no task 'elastic'"),
         (["ase:ase.calculators.emt:EMT", "--data", "x", "--with", "mode"], "expected name=value"),
+        (["ase:ase.calculators.emt:EMT", "--data", "x"], "x: no such folder"),
         (["ase:ase.calculators.emt:EMT", "--data", "x", "--fidelity-map", "elastic=pbe"], "no task 'elastic'"),
         (["ase:ase.calculators.emt:EMT", "--data", "x", "--fidelity", "pbe"], "'pbe' with ase:.*: a factory has none"),
         (
