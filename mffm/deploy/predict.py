@@ -147,7 +147,8 @@ def _whole_frames(path: Path) -> Iterator[tuple[bytes, int]]:
 
 def _begin(partial: Path, note: Path, made_of: dict[str, Any]) -> int:
     """Return how many frames are written already, after cutting off one that a kill left unfinished."""
-    if not (note.is_file() and partial.is_file()):
+    n_frames, size = count_frames(partial) if note.is_file() and partial.is_file() else (0, 0)
+    if n_frames == 0:  # what stopped before its first frame binds nobody
         write_json(note, made_of)
         partial.write_bytes(b"")
         return 0
@@ -158,7 +159,6 @@ def _begin(partial: Path, note: Path, made_of: dict[str, Any]) -> int:
         raise InputError(
             f"{partial}: begun with {key} {before.get(key)!r}, now {made_of[key]!r}; remove it, or give another output"
         )
-    n_frames, size = count_frames(partial)
     with partial.open("r+b") as file:
         file.truncate(size)
     return n_frames

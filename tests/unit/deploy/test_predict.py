@@ -140,6 +140,15 @@ def test_refused(tiny_release: Path, source: Path, tmp_path: Path):
         predict_file(at, tmp_path / "none.extxyz", tmp_path / "out.extxyz")
 
 
+def test_what_failed_before_its_first_frame_binds_nobody(tiny_release: Path, source: Path, tmp_path: Path):
+    at, output = AtFidelity(tiny_release, "pbe"), tmp_path / "out.extxyz"
+    (tmp_path / "bad.xyz").write_text("1\n\nQ 0 0 0\n")
+    with pytest.raises(InputError, match="ASE cannot read frame 0"):
+        predict_file(at, tmp_path / "bad.xyz", output)
+    assert predict_file(at, source, output).n_before == 0
+    assert count_frames(output)[0] == count_frames(source)[0]
+
+
 def test_frames_of_a_file_that_a_kill_cut(tmp_path: Path):
     write(tmp_path / "a.extxyz", frames())
     whole = (tmp_path / "a.extxyz").read_bytes()
