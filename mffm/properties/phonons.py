@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from ase import Atoms
+from ase import Atoms, units
 
 from mffm import plots
 from mffm.errors import InputError
@@ -17,7 +17,7 @@ from mffm.properties.report import require_volume
 IMAGINARY = -0.05  # THz; acoustic branches come this close to 0 by rounding alone
 ACOUSTIC = 1e-3  # THz; below it a mode is a translation and has no part in the heat
 TEMPERATURES = np.arange(0.0, 1001.0, 50.0)  # K
-KJ_PER_MOL = 1 / 96.48533212331  # eV
+KJ_PER_MOL = units.kJ / units.mol  # eV
 
 
 @dataclass(frozen=True)
