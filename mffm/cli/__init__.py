@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from mffm import __version__
-from mffm.cli import benchmark, cluster, config, data, evaluation, predict, properties, release, study, training
+from mffm.cli import benchmark, cluster, config, convert, data, evaluation, predict, properties, release, study, training
 from mffm.cli.output import complain
 from mffm.errors import InputError, told
 
@@ -30,6 +30,7 @@ COMMANDS = (  # in the order of ``mffm --help``
     training.replay,
     evaluation.evaluate,
     benchmark.benchmark,
+    convert.convert,
     release.release,
     release.inspect,
     release.diff,
