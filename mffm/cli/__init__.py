@@ -8,7 +8,19 @@ from typing import Annotated
 import typer
 
 from mffm import __version__
-from mffm.cli import benchmark, cluster, config, convert, data, evaluation, predict, properties, release, study, training
+from mffm.cli import (
+    benchmark,
+    cluster,
+    config,
+    convert,
+    data,
+    evaluation,
+    predict,
+    properties,
+    release,
+    study,
+    training,
+)
 from mffm.cli.output import complain
 from mffm.errors import InputError, told
 

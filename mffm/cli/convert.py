@@ -16,7 +16,7 @@ def convert(
     target: Annotated[Path, typer.Argument(help="folder, or FILE.safetensors: all in one file")],
     fidelity: Annotated[
         list[str] | None,
-        typer.Option(help="NAME=LEVEL OF THEORY, for each that the checkpoint has, in its order; known for shipped ones"),
+        typer.Option(help="NAME=LEVEL OF THEORY, for each of the checkpoint, in its order; known for shipped ones"),
     ] = None,
     conditioning: Annotated[
         str | None,

@@ -8,11 +8,13 @@ from pydantic import Field, model_validator
 from mffm.config.base import Schema
 
 # What SevenNet's released checkpoints know, by symbol, which is SevenNet's own order.
-_ELEMENTS = (
-    "Ac Ag Al Ar As Au B Ba Be Bi Br C Ca Cd Ce Cl Co Cr Cs Cu Dy Er Eu F Fe Ga Gd Ge H He Hf Hg Ho I In Ir K Kr La Li "
-    "Lu Mg Mn Mo N Na Nb Nd Ne Ni Np O Os P Pa Pb Pd Pm Pr Pt Pu Rb Re Rh Ru S Sb Sc Se Si Sm Sn Sr Ta Tb Tc Te Th Ti "
-    "Tl Tm U V W Xe Y Yb Zn Zr"
-).split()
+_ELEMENTS = [
+    "Ac", "Ag", "Al", "Ar", "As", "Au", "B", "Ba", "Be", "Bi", "Br", "C", "Ca", "Cd", "Ce", "Cl", "Co", "Cr", "Cs",
+    "Cu", "Dy", "Er", "Eu", "F", "Fe", "Ga", "Gd", "Ge", "H", "He", "Hf", "Hg", "Ho", "I", "In", "Ir", "K", "Kr",
+    "La", "Li", "Lu", "Mg", "Mn", "Mo", "N", "Na", "Nb", "Nd", "Ne", "Ni", "Np", "O", "Os", "P", "Pa", "Pb", "Pd",
+    "Pm", "Pr", "Pt", "Pu", "Rb", "Re", "Rh", "Ru", "S", "Sb", "Sc", "Se", "Si", "Sm", "Sn", "Sr", "Ta", "Tb", "Tc",
+    "Te", "Th", "Ti", "Tl", "Tm", "U", "V", "W", "Xe", "Y", "Yb", "Zn", "Zr",
+]  # fmt: skip
 
 _L2 = ["128x0e", *["128x0e+64x1e+32x2e"] * 4, "128x0e"]
 _L3 = ["128x0e", *["128x0e+64x1e+32x2e+32x3e"] * 4, "128x0e"]
@@ -72,7 +74,8 @@ class SevennetConfig(Schema):
         description="of each layer, or one for all [self_connection_type]",
     )
     denominators: list[float] = Field(
-        default_factory=lambda: [35.98957443237305] * 5, description="what each layer's sum over neighbors is divided by"
+        default_factory=lambda: [35.98957443237305] * 5,
+        description="what the layers divide their sums over neighbors by",
     )
     normalize_harmonics: bool = Field(True, description="[_normalize_sph]")
     modalities: int = Field(

@@ -187,7 +187,9 @@ class ModelConfig(Schema):
             if self.forces == "direct":
                 raise ValueError("sevennet has features of degree 0 alone: its forces are conservative")
             if self.conditioning.kind == "film":
-                raise ValueError("conditioning.kind: film scales what sevennet does not let scale; it takes onehot, embedding")
+                raise ValueError(
+                    "conditioning.kind: film scales scalars, which sevennet lets shift alone: onehot, embedding"
+                )
         if self.forces == "conservative":
             if self.direct != DirectConfig():
                 raise ValueError("`direct` belongs to forces: direct; these are conservative")

@@ -1,9 +1,9 @@
 """The third backbone: SevenNet's network (a NequIP), computed by the package sevenn, behind ``Backbone``.
 
 It takes this package's edges, and gives the scalars before SevenNet's last linear map to the same heads, so that a
-released checkpoint is a backbone, a linear head and element references: ``read_checkpoint``. SevenNet's modalities are a
-one-hot beside the scalars of some linear maps: a bias per modality on their output, which is what the conditioning
-``onehot`` adds at the same sites.
+released checkpoint is a backbone, a linear head and element references (``sevennet_checkpoint``). SevenNet's modalities
+are a one-hot beside the scalars of some linear maps: a bias per modality on their output, which is what the
+conditioning ``onehot`` adds at the same sites.
 SevenNet: Park et al. (arXiv 2402.03789); modalities: Kim et al. (arXiv 2409.07947); NequIP: Batzner et al.
 (arXiv 2101.03164).
 """
@@ -52,10 +52,10 @@ def kind_of(place: str) -> str:
 class Site(nn.Module):
     """Scalars of a linear map of e3nn with a bias and a shift by the conditioning, as beside m modalities.
 
-    e3nn divides by the root of the number of scalar inputs: n + m with a one-hot of m modalities beside them. So the map's
-    own scalars, which it divides by sqrt(n), are multiplied by sqrt(n / (n + m)), and bias and shift by 1 / sqrt(n + m):
-    a modality's row of weights is a shift as it is. A head folds a shift of features as it is, too: features are in
-    units of ``unit``.
+    e3nn divides by the root of the number of scalar inputs: n + m with a one-hot of m modalities beside them. So the
+    map's own scalars, which it divides by sqrt(n), are multiplied by sqrt(n / (n + m)), and bias and shift by
+    1 / sqrt(n + m): a modality's row of weights is a shift as it is. A head folds a shift of features as it is, too:
+    features are in units of ``unit``.
 
     Attributes:
         unit: 1 / sqrt(n + m); 1 without modalities.
@@ -117,12 +117,10 @@ class SevennetBackbone(nn.Module):
                 module.register_buffer("denominator", value)
         self.place = places(config)
         modal = set(config.modal_sites)
-        self.site_modules = nn.ModuleDict(
-            {
-                name: Site(self.network[name].linear, config.modalities if kind_of(place) in modal else 0, name == HIDDEN)
-                for name, place in self.place.items()
-            }
-        )
+        self.site_modules = nn.ModuleDict()
+        for name, place in self.place.items():
+            n = config.modalities if kind_of(place) in modal else 0
+            self.site_modules[name] = Site(self.network[name].linear, n, is_features=name == HIDDEN)
         self.sites: dict[str, int] = {"embed.system": self._width(EMBED)} if "embed" in modal else {}
         for i in range(config.layers):
             self.sites[f"{i}.send"] = self._width(f"{i}_self_interaction_1")
@@ -175,7 +173,9 @@ class SevennetBackbone(nn.Module):
             InputError: activation checkpointing was asked for.
         """
         if self.recompute:
-            raise InputError("train.activation_checkpointing is for the density backbone; set it to false with sevennet")
+            raise InputError(
+                "train.activation_checkpointing is for the density backbone; set it to false with sevennet"
+            )
         slots = batch.neighbor_mask.nonzero().flatten()
         types = self.type_of[batch.atomic_numbers].clamp(min=0)
         onehot = nn.functional.one_hot(types, len(self.config.elements)).to(edge_vectors.dtype)

@@ -36,7 +36,7 @@ class Checkpoint:
         rows: site of its conditioning → what each modality adds there, [n_modalities, width]; none where it adds
             nothing.
         head: weight [n_hidden, 1] and bias [1] of a linear head with this ``scale``, eV.
-        references: modality → [N_ELEMENTS + 1] float64, eV, NaN for elements that it does not know; "" for the only one.
+        references: modality, "" for the only one → [N_ELEMENTS + 1] float64, eV, NaN for elements that it lacks.
     """
 
     path: Path

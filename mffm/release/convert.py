@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 import ase
 import numpy as np
 import torch
-from torch import Tensor
 
 from mffm.config.model import ConditioningConfig, HeadsConfig, ModelConfig
 from mffm.data.references import ElementReferences
@@ -25,8 +24,9 @@ if TYPE_CHECKING:
     from mffm.models.sevennet_checkpoint import Checkpoint
 
 _CONDITIONING, _HEADS = ("none", "onehot", "embedding"), ("shared", "independent")
-_PBE = Fidelity("pbe_mp", "PBE, PBE+U for oxides and fluorides of some metals", "VASP", "Materials Project; no corrections")
-_R2SCAN = Fidelity("r2scan_mp", "r2SCAN", "VASP", "Materials Project; no corrections")
+_MP = {"code": "VASP", "settings": "Materials Project; no corrections"}
+_PBE = Fidelity("pbe_mp", "PBE, PBE+U for oxides and fluorides of some metals", **_MP)
+_R2SCAN = Fidelity("r2scan_mp", "r2SCAN", **_MP)
 _PAPER = "Park et al., J. Chem. Theory Comput. 20, 4857 (2024)"
 _MPTRJ = "trained on MPtrj, Deng et al., Nat. Mach. Intell. 5, 1031 (2023)"
 # Checkpoint in the package sevenn → modality → fidelity, and what to cite.
@@ -35,7 +35,7 @@ SHIPPED: dict[str, tuple[dict[str, Fidelity], str]] = {
     "7net-l3i5": ({"": _PBE}, f"{_PAPER}; {_MPTRJ}"),
     "7net-mf-0": (
         {"PBE": _PBE, "R2SCAN": _R2SCAN},
-        f"Kim et al., J. Am. Chem. Soc. 147, 1042 (2025); {_MPTRJ}, and on r2SCAN calculations of the Materials Project",
+        f"Kim et al., J. Am. Chem. Soc. 147, 1042 (2025); {_MPTRJ}, and on its r2SCAN calculations",
     ),
 }
 _COMPARED = (1, 2, 3, 4, 5, 6)  # of the structures of the reference outputs: a dimer, molecules, crystals
@@ -64,8 +64,9 @@ def convert(
         source: ``sevennet:`` and the name of a checkpoint that the package sevenn ships, or the path of another.
         fidelities: name and level of theory of each of the checkpoint's modalities, in its order; those of shipped
             checkpoints are known.
-        conditioning: none, onehot or embedding. None: ``onehot`` for a checkpoint with modalities, else ``none``. With ``onehot`` or ``embedding``
-            a checkpoint of one level of theory can take further ones in fine-tuning; it starts at zero.
+        conditioning: none, onehot or embedding. None: ``onehot`` for a checkpoint with modalities, else ``none``. With
+            ``onehot`` or ``embedding`` a checkpoint of one level of theory can take further ones in fine-tuning; it
+            starts at zero.
         heads: shared, or independent: a linear head for each fidelity, so that fine-tuning can add more.
         licence: of a checkpoint that is not shipped.
 
@@ -113,14 +114,48 @@ def convert(
         **code_version(),
         "sources": [{**weights, "citation": citation}],
         "converted": record,
-        "release": {"from": source, "weights": "converted", "written_by": code_version(), "licences": [weights["licence"]]},
+        "release": {
+            "from": source,
+            "weights": "converted",
+            "written_by": code_version(),
+            "licences": [weights["licence"]],
+        },
     }
     return write(loaded, target, {}, {}, {}), differences
 
 
-def _loaded(
-    checkpoint: "Checkpoint", fidelities: FidelityTable, conditioning: str | None, heads: str
-) -> Loaded:
+def _loaded(checkpoint: "Checkpoint", fidelities: FidelityTable, conditioning: str | None, heads: str) -> Loaded:
+    potential = potential_of(checkpoint, fidelities.names, conditioning, heads)
+    values = [checkpoint.references[name] for name in checkpoint.modalities or ("",)]
+    spec = PotentialSpec(
+        model=potential.config,
+        fidelities=fidelities,
+        references=ElementReferences(dict(zip(fidelities.names, values, strict=True))),
+        avg_neighbors=potential.avg_neighbors,
+        scale=potential.scale,
+        label_counts={name: {} for name in fidelities.names},
+    )
+    for name in fidelities.names:
+        elements = spec.references.elements(name)
+        spec.references.report[name] = {
+            "method": "given", "reason": "shifts of the checkpoint", "n_labels": 0, "elements": elements,
+            "warnings": [],
+        }  # fmt: skip
+    return Loaded(spec, potential, checkpoint.path, "converted", "")
+
+
+def potential_of(
+    checkpoint: "Checkpoint", fidelities: Sequence[str], conditioning: str | None = None, heads: str = "shared"
+) -> Potential:
+    """Return the potential of a checkpoint, in eval mode; conditioning adds 0 where the checkpoint adds nothing.
+
+    Args:
+        fidelities: names, one for each modality.
+        conditioning, heads: see ``convert``.
+
+    Raises:
+        InputError: another conditioning than a onehot for modalities.
+    """
     kind = conditioning or ("onehot" if checkpoint.modalities else "none")
     if checkpoint.modalities and kind != "onehot":
         raise InputError(f"--conditioning {kind}: the modalities of {checkpoint.path} are a onehot; leave it out")
@@ -129,37 +164,18 @@ def _loaded(
         conditioning=ConditioningConfig.model_validate({"kind": kind}),
         heads=HeadsConfig.model_validate({"kind": heads, "hidden": []}),
     )
-    values = [checkpoint.references[name] for name in checkpoint.modalities or ("",)]
-    spec = PotentialSpec(
-        model=model,
-        fidelities=fidelities,
-        references=ElementReferences(dict(zip(fidelities.names, values, strict=True))),
-        avg_neighbors=checkpoint.config.denominators[0],
-        scale=checkpoint.scale,
-        label_counts={name: {} for name in fidelities.names},
-    )
-    for name in fidelities.names:
-        elements = spec.references.elements(name)
-        spec.references.report[name] = {
-            "method": "given", "reason": "shifts of the checkpoint", "n_labels": 0, "elements": elements, "warnings": [],
-        }  # fmt: skip
-    potential = spec.build()
-    potential.load_state_dict(_state(checkpoint, potential))
-    return Loaded(spec, potential.eval().requires_grad_(False), checkpoint.path, "converted", "")
-
-
-def _state(checkpoint: "Checkpoint", potential: Potential) -> dict[str, Tensor]:
-    """Return the potential's weights: the checkpoint's, and zeros where its conditioning adds nothing yet."""
+    potential = Potential(model, fidelities, checkpoint.config.denominators[0], checkpoint.scale)
     state = dict(potential.state_dict())
     state |= {f"terms.learned.backbone.{name}": value for name, value in checkpoint.weights.items()}
     for name, value in zip(("weights", "biases"), checkpoint.head, strict=True):
         key = f"terms.learned.heads.mlp.{name}.0"
         state[key] = value.expand_as(state[key])
     if checkpoint.rows:
-        widths, n = potential.learned.conditioning.sites, len(checkpoint.modalities)
+        widths, n = potential.learned.conditioning.sites, len(fidelities)
         columns = [checkpoint.rows.get(site, torch.zeros(n, width)) for site, width in widths.items()]
         state["terms.learned.conditioning.table"] = torch.cat(columns, dim=1)
-    return state
+    potential.load_state_dict(state)
+    return potential.eval().requires_grad_(False)
 
 
 def _compared(loaded: Loaded, checkpoint: "Checkpoint", source: str) -> dict[str, float]:
@@ -181,8 +197,8 @@ def _compared(loaded: Loaded, checkpoint: "Checkpoint", source: str) -> dict[str
                 found[quantity] = max(found.get(quantity, 0.0), difference)
                 if not difference <= _SINGLE * max(size, 1.0):
                     raise InputError(
-                        f"{source}: at {name!r} {quantity} of structure {_COMPARED[i]} differs by {difference:.3g} from "
-                        f"sevenn's own ({size:.3g}): this checkpoint is not covered; report it"
+                        f"{source}: at {name!r} {quantity} of structure {_COMPARED[i]} differs by {difference:.3g} "
+                        f"from sevenn's own ({size:.3g}): this checkpoint is not covered; report it"
                     )
     return found
 
