@@ -107,20 +107,20 @@ class SevennetBackbone(nn.Module):
         self.n_features = config.n_hidden
         self.l_out = 0
         self.recompute = False
-        with _float32():
+        self.place = places(config)
+        modal = set(config.modal_sites)
+        with _float32():  # sevenn builds in nothing else
             built = build_E3_equivariant_model(arguments(config))
-        self.network = nn.ModuleDict({name: m for name, m in built.named_children() if name not in _NOT_OURS})
+            self.network = nn.ModuleDict({name: m for name, m in built.named_children() if name not in _NOT_OURS})
+            self.site_modules = nn.ModuleDict()
+            for name, place in self.place.items():
+                n = config.modalities if kind_of(place) in modal else 0
+                self.site_modules[name] = Site(self.network[name].linear, n, is_features=name == HIDDEN)
         for name, module in self.network.items():
             if name.endswith("_convolution"):  # a constant of the configuration
                 value = module.denominator.data
                 del module.denominator
                 module.register_buffer("denominator", value)
-        self.place = places(config)
-        modal = set(config.modal_sites)
-        self.site_modules = nn.ModuleDict()
-        for name, place in self.place.items():
-            n = config.modalities if kind_of(place) in modal else 0
-            self.site_modules[name] = Site(self.network[name].linear, n, is_features=name == HIDDEN)
         self.sites: dict[str, int] = {"embed.system": self._width(EMBED)} if "embed" in modal else {}
         for i in range(config.layers):
             self.sites[f"{i}.send"] = self._width(f"{i}_self_interaction_1")
