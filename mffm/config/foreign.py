@@ -1,7 +1,7 @@
 """Schema of backbones whose weights come from another package."""
 
 import re
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -73,7 +73,7 @@ class SevennetConfig(Schema):
         default_factory=lambda: ["linear"],  # type: ignore[arg-type]
         description="of each layer, or one for all [self_connection_type]",
     )
-    denominators: list[float] = Field(
+    denominators: list[Annotated[float, Field(gt=0)]] = Field(
         default_factory=lambda: [35.98957443237305] * 5,
         description="what the layers divide their sums over neighbors by",
     )

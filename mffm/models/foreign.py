@@ -128,7 +128,7 @@ class SevennetBackbone(nn.Module):
             self.sites[f"{i}.receive"] = self.sites[f"{i}.update"] = self._width(f"{i}_self_interaction_2")
         self.sites["output"] = self.n_features
         types = torch.full((_MOST_ELEMENTS,), -1)
-        types[[atomic_numbers[symbol] for symbol in config.elements]] = torch.arange(len(config.elements))
+        types[list(_type_map(config))] = torch.arange(len(config.elements))
         self.register_buffer("type_of", types, persistent=False)
         for module in self.modules():  # constants, under e3nn's private names: weights alone are saved
             for name, buffer in list(module.named_buffers(recurse=False)):
@@ -220,7 +220,7 @@ def arguments(config: SevennetConfig) -> dict[str, Any]:
         **DEFAULT_E3_EQUIVARIANT_MODEL_CONFIG,
         KEY.CUTOFF: config.cutoff,
         KEY.NUM_SPECIES: len(config.elements),
-        KEY.TYPE_MAP: {atomic_numbers[symbol]: i for i, symbol in enumerate(config.elements)},
+        KEY.TYPE_MAP: _type_map(config),
         KEY.IRREPS_MANUAL: config.irreps,
         KEY.LMAX: config.lmax,
         KEY.IS_PARITY: config.parity,
@@ -237,6 +237,14 @@ def arguments(config: SevennetConfig) -> dict[str, Any]:
         KEY.SHIFT: 0.0,
         KEY.SCALE: 1.0,
     }
+
+
+def _type_map(config: SevennetConfig) -> dict[int, int]:
+    """Return atomic number → index of the one-hot."""
+    for symbol in config.elements:
+        if not 0 < atomic_numbers.get(symbol, 0) < _MOST_ELEMENTS:
+            raise InputError(f"model.backbone.elements: {symbol!r} is not an element symbol")
+    return {atomic_numbers[symbol]: i for i, symbol in enumerate(config.elements)}
 
 
 @contextmanager

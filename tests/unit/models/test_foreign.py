@@ -19,7 +19,7 @@ from mffm.models.potential import Potential
 from mffm.models.sevennet_checkpoint import Checkpoint, find, read_checkpoint
 from mffm.release.convert import potential_of
 
-TINY = {"kind": "sevennet", "irreps": ["4x0e", "4x0e"], "denominators": [1.0]}
+TINY = {"kind": "sevennet", "irreps": ["4x0e", "4x0e"], "denominators": [1.0], "envelope_from": None}
 
 
 def original(model: nn.Module, system: Any, cutoff: float, modality: str | None) -> tuple[torch.Tensor, ...]:
@@ -88,9 +88,9 @@ def test_weights_alone_are_saved_and_nothing_depends_on_the_default_dtype(kit: S
     finally:
         torch.set_default_dtype(torch.float32)
     assert {p.dtype for p in other.learned.backbone.parameters()} == {torch.float32}
-    other.load_state_dict(potential.state_dict())
+    other.double().eval().load_state_dict(potential.state_dict())
     batch = kit.batch([kit.molecule(0)])
-    assert torch.equal(other.double().eval()(batch).forces, potential(batch).forces)
+    assert torch.equal(other(batch).forces, potential(batch).forces)
 
 
 def test_unknown_elements_are_refused_but_not_in_the_dummy_of_a_rank(kit: SimpleNamespace) -> None:
@@ -112,11 +112,17 @@ def test_unknown_elements_are_refused_but_not_in_the_dummy_of_a_rank(kit: Simple
         ({"elements": ["H", "H"]}, "one is given twice"),
         ({"envelope_from": 6.0}, "not below the cutoff"),
         ({"modalities": 2}, "belong together"),
+        ({"denominators": [0.0]}, "greater than 0"),
     ],
 )
 def test_configurations_that_make_no_network_are_refused(change: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         SevennetConfig(**{**TINY, **change})
+
+
+def test_misspelt_elements_are_refused() -> None:
+    with pytest.raises(InputError, match="model.backbone.elements: 'Xx' is not an element symbol"):
+        SevennetBackbone(SevennetConfig(**{**TINY, "elements": ["H", "Xx"]}), 1.0)
 
 
 def test_named_sizes() -> None:
@@ -153,7 +159,9 @@ def test_files_that_are_no_checkpoint_and_networks_that_are_not_covered_are_refu
     for name in ("text.pth", "other.pth"):
         with pytest.raises(InputError, match="not a checkpoint that this version of sevenn reads"):
             read_checkpoint(find(str(tmp_path / name)))
-    mlp = write_sevennet(tmp_path / "mlp.pth", readout_as_fcn=True, readout_fcn_hidden_neurons=[4])
+    mlp = write_sevennet(
+        tmp_path / "mlp.pth", readout_as_fcn=True, readout_fcn_hidden_neurons=[4], readout_fcn_activation="relu"
+    )
     with pytest.raises(InputError, match="its readout is an MLP"):
         read_checkpoint(mlp)
     scaled = write_sevennet(tmp_path / "scaled.pth", scale=[1.0, 1.0, 2.0, 1.0])

@@ -130,15 +130,15 @@ def test_without_the_package_a_load_says_what_to_install(
 @pytest.mark.parametrize(
     ("source", "options", "message"),
     [
-        ("mace:mace.model", {}, r"needs e3nn 0\.4\.4, .* let MACE label structures"),
+        ("mace:mace.model", {}, r"need e3nn 0\.4\.4, .* let MACE label structures"),
         ("fairchem:esen.pt", {}, r"model\.backbone: \{kind: escn, weights: FILE\}"),
         ("7net-0", {}, "a source is like sevennet:7net-0"),
         (
             "sevennet:7net-0",
             {"conditioning": "film"},
-            "film: a conversion takes none, onehot, embedding",
+            "film: a conversion takes embedding, none, onehot",
         ),
-        ("sevennet:7net-0", {"heads": "delta"}, "--heads delta: a conversion takes shared, independent"),
+        ("sevennet:7net-0", {"heads": "delta"}, "--heads delta: a conversion takes independent, shared"),
         ("sevennet:nothing.pth", {}, "neither a file nor a checkpoint"),
     ],
 )
