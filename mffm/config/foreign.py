@@ -88,9 +88,9 @@ class SevennetConfig(Schema):
     @model_validator(mode="before")
     @classmethod
     def _named_size(cls, values: Any) -> Any:
-        if not isinstance(values, dict) or values.get("size") not in SEVENNETS:
+        if not isinstance(values, dict) or not isinstance(values.get("size"), str):
             return values
-        table = SEVENNETS[values["size"]]
+        table = SEVENNETS.get(values["size"], {})
         resolved = {**table, **values}
         return {**resolved, "size": None} if any(resolved[key] != table[key] for key in table) else resolved
 

@@ -116,11 +116,11 @@ class SevennetBackbone(nn.Module):
             for name, place in self.place.items():
                 n = config.modalities if kind_of(place) in modal else 0
                 self.site_modules[name] = Site(self.network[name].linear, n, is_features=name == HIDDEN)
-        for name, module in self.network.items():
-            if name.endswith("_convolution"):  # a constant of the configuration
-                value = module.denominator.data
-                del module.denominator
-                module.register_buffer("denominator", value)
+        for i in range(config.layers):  # a constant of the configuration
+            convolution: Any = self.network[f"{i}_convolution"]
+            value = convolution.denominator.data
+            del convolution.denominator
+            convolution.register_buffer("denominator", value)
         self.sites: dict[str, int] = {"embed.system": self._width(EMBED)} if "embed" in modal else {}
         for i in range(config.layers):
             self.sites[f"{i}.send"] = self._width(f"{i}_self_interaction_1")
@@ -134,14 +134,20 @@ class SevennetBackbone(nn.Module):
             for name, buffer in list(module.named_buffers(recurse=False)):
                 module.register_buffer(name, buffer, persistent=False)
 
+    def site_of(self, name: str) -> Site:
+        """Return what the scalars of a module of the network go through."""
+        found = self.site_modules[name]
+        assert isinstance(found, Site)
+        return found
+
     def _width(self, name: str) -> int:
-        return int(self.site_modules[name].bias.shape[0])
+        return self.site_of(name).bias.shape[0]
 
     def site(self, name: str) -> tuple[Tensor, Tensor]:
         """Return an empty weight, as no conditioning scales these sites, and the bias of a site."""
         index, _, kind = name.rpartition(".")
         layer = {"send": f"{index}_self_interaction_1", "system": EMBED}.get(kind, f"{index}_self_interaction_2")
-        bias = self.site_modules[layer].bias
+        bias = self.site_of(layer).bias
         return bias.new_empty(0), bias
 
     def multiply_in(self, dtype: torch.dtype | None) -> None:
@@ -179,7 +185,7 @@ class SevennetBackbone(nn.Module):
         slots = batch.neighbor_mask.nonzero().flatten()
         types = self.type_of[batch.atomic_numbers].clamp(min=0)
         onehot = nn.functional.one_hot(types, len(self.config.elements)).to(edge_vectors.dtype)
-        data = {
+        data: dict[str, Tensor] = {
             KEY.NODE_FEATURE: onehot,
             KEY.NODE_ATTR: onehot,
             KEY.ATOM_TYPE: types,
@@ -189,12 +195,9 @@ class SevennetBackbone(nn.Module):
         for name, module in self.network.items():
             data = module(data)
             if name in self.place:
-                data[KEY.NODE_FEATURE] = self.site_modules[name](
-                    data[KEY.NODE_FEATURE], _shift(modulations, self.place[name])
-                )
-        features = data[KEY.NODE_FEATURE]
-        assert isinstance(features, Tensor)
-        return features
+                shift = _shift(modulations, self.place[name])
+                data[KEY.NODE_FEATURE] = self.site_of(name)(data[KEY.NODE_FEATURE], shift)
+        return data[KEY.NODE_FEATURE]
 
     def features(self, batch: Batch, edge_vectors: Tensor, modulations: Mapping[str, Modulation]) -> list[Tensor]:
         """Return features by degree l ≤ 0, [1, n_atoms, n_features]."""

@@ -154,13 +154,12 @@ def _weights(backbone: SevennetBackbone, parts: Mapping[str, Any]) -> tuple[dict
             theirs = attrgetter(tensor)(parts[module]).detach()
             weights[name] = theirs[: own.numel()].clone() if theirs.ndim == 1 else theirs.clone()
             continue
-        site, linear = backbone.site_modules[module], parts[module].linear
-        assert isinstance(site, nn.Module)
+        site, linear, ours = backbone.site_of(module), parts[module].linear, backbone.network[module]
         weights[name] = linear.bias.detach() / site.unit if linear.bias.numel() else torch.zeros_like(own)
         place = backbone.place[module]
         if kind_of(place) in backbone.config.modal_sites:
             # e3nn keeps weights input by input; the one-hot is the last one, with a block for each scalar output.
-            first = backbone.network[module].linear.weight.numel()
+            first = ours.get_parameter("linear.weight").numel()
             flat, n = linear.weight.detach()[first:], backbone.config.modalities
             widths = [m for m, irrep in linear.irreps_out if irrep.is_scalar()]
             blocks = [block.view(n, -1) for block in flat.split([n * width for width in widths])]

@@ -121,7 +121,7 @@ def test_configurations_that_make_no_network_are_refused(change: dict, message: 
 
 
 def test_misspelt_elements_are_refused() -> None:
-    with pytest.raises(InputError, match="model.backbone.elements: 'Xx' is not an element symbol"):
+    with pytest.raises(InputError, match=r"model\.backbone\.elements: 'Xx' is not an element symbol"):
         SevennetBackbone(SevennetConfig(**{**TINY, "elements": ["H", "Xx"]}), 1.0)
 
 
