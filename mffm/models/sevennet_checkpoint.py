@@ -115,7 +115,7 @@ def _config(options: Mapping[str, Any], parts: Mapping[str, Any], modalities: in
     inputs = [parts[f"{i}_self_interaction_1"] for i in range(n_layers)] + [parts[HIDDEN]]
     edges, types = parts[_EDGES], options[KEY.TYPE_MAP]
     sites = [kind for kind, key in _MODAL_SITES.items() if modalities > 1 and options.get(key)]
-    envelope = {"envelope_from": None, "envelope_power": int(getattr(edges.cutoff_function, "p", 6))}
+    envelope: dict[str, Any] = {"envelope_from": None, "envelope_power": int(getattr(edges.cutoff_function, "p", 6))}
     if hasattr(edges.cutoff_function, "r_on"):
         envelope["envelope_from"] = float(edges.cutoff_function.r_on)
     connections = options[KEY.SELF_CONNECTION_TYPE]

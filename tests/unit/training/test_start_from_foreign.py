@@ -69,7 +69,7 @@ def test_it_trains_and_the_weights_of_a_fidelity_go_their_own_way(
 
     recipe = recipe_of(release, make_recipe, steps=4, validate_every=4, save_every=4)
     train(recipe)
-    written = save(Path(recipe.run_folder), tmp_path / "fine-tuned")
+    written = save(Path(recipe.run_folder), tmp_path / "fine-tuned", weights="raw")
     loaded = load(written)
     table = loaded.potential.learned.conditioning.table
     assert table is not None
