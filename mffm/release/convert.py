@@ -41,8 +41,8 @@ SHIPPED: dict[str, tuple[dict[str, Fidelity], str]] = {
 _COMPARED = (1, 2, 3, 4, 5, 6)  # of the structures of the reference outputs: a dimer, molecules, crystals
 _SINGLE = 1e-5  # of the largest number: two orders of the same float32 sums leave about 1e-6
 _REFUSED = {
-    "mace": "a MACE model is a pickle of classes that need e3nn 0.4.4, which no environment of mffm can have; let MACE "
-    "label structures in an environment of its own, and train on these labels as a fidelity (docs/foreign.md)",
+    "mace": "a MACE model is a pickle of classes that need e3nn 0.4.4, which sevenn and fairchem-core exclude; let "
+    "MACE label structures in an environment of its own, and train on these labels as a fidelity (docs/foreign.md)",
     "fairchem": "weights of fairchem's eSCN-MD start a run by model.backbone: {kind: escn, weights: FILE}; its energy "
     "heads and references are not taken over (docs/foreign.md)",
 }
@@ -103,8 +103,9 @@ def convert(
         )
     loaded = _loaded(checkpoint, FidelityTable(chosen), conditioning, heads)
     differences = _compared(loaded, checkpoint, source)
+    called = f"sevennet:{Path(name).name}"  # not the folder on this machine
     record = {
-        "from": source,
+        "from": called,
         "sha256": sha256(checkpoint.path),
         "package": f"sevenn {version('sevenn')}",
         "largest_differences": differences,
@@ -115,7 +116,7 @@ def convert(
         "sources": [{**weights, "citation": citation}],
         "converted": record,
         "release": {
-            "from": source,
+            "from": called,
             "weights": "converted",
             "written_by": code_version(),
             "licences": [weights["licence"]],

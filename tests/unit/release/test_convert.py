@@ -1,5 +1,6 @@
 """``mffm convert``: a release of a SevenNet checkpoint predicts what sevenn's own calculator does."""
 
+import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -77,7 +78,8 @@ def test_what_the_release_says_of_itself(modal: tuple[Path, Path]) -> None:
     assert "converted from" in shown
     assert "CC-BY-4.0" in shown
     card = (release / "README.md").read_text()
-    assert "converted from `sevennet:" in card
+    assert "converted from `sevennet:tiny.pth`" in card
+    assert str(release.parent) not in json.dumps(load(release).spec.provenance)
     assert "license: cc-by-4.0" in card
     assert "pip install 'mffm[sevennet]'" in card
     assert "Store fingerprint" not in card
