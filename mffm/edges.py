@@ -4,6 +4,7 @@ Foreign codes give such lists: atoms at the rim of a domain have no edges of the
 the numbers of atoms and edges, so that a tracer may leave both open.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Self
 
@@ -18,7 +19,13 @@ class Edges(Batch):
     """One system. ``edge_vectors`` [n_edges, 3], ``receivers`` and ``neighbors`` [n_edges] are the list.
 
     The fields of the padded rows, and those that only labels need, are empty.
+
+    Attributes:
+        exchange: [n_atoms, width] → the same with the rows of ghost atoms taken from their owners, differentiable;
+            between the layers of a backbone, where the edges of ghost atoms are not all there. None: they are.
     """
+
+    exchange: Callable[[Tensor], Tensor] | None = None
 
     @classmethod
     def make(
@@ -41,6 +48,14 @@ class Edges(Batch):
             fidelity_idx=one, n_atoms=one + atomic_numbers.shape[0], pbc=empty, volume=edge_vectors.new_zeros(1),
             charge=one + charge, spin_multiplicity=one + spin_multiplicity, labels={}, masks={}, weights={}, rows=one,
         )  # fmt: skip
+
+    def with_ghosts(self, h: list[Tensor]) -> list[Tensor]:
+        """Return features by degree, [2l + 1, n_atoms, C], with those of ghost atoms from their owners."""
+        if self.exchange is None:
+            return h
+        rows = torch.cat(h).transpose(0, 1)
+        found = self.exchange(rows.flatten(1).contiguous()).view_as(rows).transpose(0, 1)
+        return list(found.split([len(x) for x in h]))
 
     def atom_sums(self, x: Tensor, ends: Tensor) -> Tensor:
         """Return for each atom the sum over the edges of which it is the end: [n_edges, C] → [n_atoms, C].

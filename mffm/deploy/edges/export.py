@@ -130,7 +130,7 @@ def load(path: str | Path, compiled: bool | None = None) -> EdgeModel:
     probe.require_answer(
         run, about["probe"], probe.tensors(about["probe"], DTYPES[description.dtype], device), str(path)
     )
-    return EdgeModel(run, description, device, "compiled" if compiled else "exported")
+    return EdgeModel(run, description, device, "compiled" if compiled else "exported", path)
 
 
 def read_about(path: Path) -> dict[str, Any]:
@@ -206,13 +206,14 @@ def _write(
                 str(aside), exported_programs={_PROGRAM: program},
                 aoti_files=None if files is None else {_PROGRAM: files}, extra_files={_ABOUT: json.dumps(about)},
             )  # fmt: skip
-            load(aside)
+            model = load(aside)
             aside.replace(target)
         except (OSError, RuntimeError) as error:
             raise InputError(f"{target}: cannot be written ({error}); free some space") from error
         finally:
             aside.unlink(missing_ok=True)
-        return load(target)
+    model.path = target
+    return model
 
 
 def _compiled(program: ExportedProgram, given: Sequence[Tensor]) -> list[Any]:

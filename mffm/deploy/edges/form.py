@@ -1,5 +1,6 @@
 """The edge form as a module without checks and without branches on values: what is traced."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -38,7 +39,14 @@ class EdgeForm(nn.Module):
         self.register_buffer("references", references)
         self.charge, self.spin_multiplicity = charge, spin_multiplicity
 
-    def forward(self, rij: Tensor, z: Tensor, edge_index: Tensor, mask: Tensor) -> EdgeValues:
+    def forward(
+        self,
+        rij: Tensor,
+        z: Tensor,
+        edge_index: Tensor,
+        mask: Tensor,
+        exchange: Callable[[Tensor], Tensor] | None = None,
+    ) -> EdgeValues:
         """Return energies and derivatives.
 
         Args:
@@ -46,8 +54,10 @@ class EdgeForm(nn.Module):
             z: [n_atoms] int64, atomic numbers.
             edge_index: [2, n_edges] int64: i, whose neighbor j is, then j.
             mask: [n_atoms] bool: whose energies count.
+            exchange: see ``Edges``.
         """
         batch = Edges.make(rij, z, edge_index, self.charge, self.spin_multiplicity)
+        batch.exchange = exchange
         interaction, gradient = self.potential.edge_gradient(batch, mask)
         assert isinstance(self.references, Tensor)
         energies = interaction.to(torch.float64) + self.references.index_select(0, z)

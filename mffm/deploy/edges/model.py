@@ -14,10 +14,11 @@ from mffm.config.model import DensityConfig
 from mffm.deploy.at_fidelity import DTYPES, AtFidelity
 from mffm.deploy.edges.form import EdgeForm, EdgeValues
 from mffm.errors import InputError
+from mffm.models.density import DensityBackbone
 from mffm.release import Loaded, code_version
 
 UNITS = "eV, Å; rij = x_j - x_i; gradient = d energy / d rij in eV/Å"
-Run = Callable[[Tensor, Tensor, Tensor, Tensor], Sequence[Tensor]]
+Run = Callable[..., Sequence[Tensor]]  # (rij, z, edge_index, mask) → the fields of EdgeValues
 
 
 @dataclass(frozen=True)
@@ -85,14 +86,18 @@ class EdgeModel:
 
     Args:
         run: the edge form, without checks.
-        form: "eager", "exported" or "compiled", for messages.
+        form: "eager", "exported" or "compiled".
+        path: of the release, or of the exported file.
 
     Attributes:
         dtype: of ``rij`` and ``gradient``.
+        can_exchange: it takes an ``exchange``.
     """
 
-    def __init__(self, run: Run, description: Description, device: torch.device | str, form: str):
-        self._run, self.description, self.device, self.form = run, description, torch.device(device), form
+    def __init__(self, run: Run, description: Description, device: torch.device | str, form: str, path: Path):
+        self._run, self.description, self.device = run, description, torch.device(device)
+        self.form, self.path = form, path
+        self.can_exchange = isinstance(run, EdgeForm) and isinstance(run.potential.learned.backbone, DensityBackbone)
         self.dtype = DTYPES[description.dtype]
         self._covered = torch.zeros(max(len(chemical_symbols), 256), dtype=torch.bool, device=self.device)
         self._covered[description.numbers] = True
@@ -102,7 +107,14 @@ class EdgeModel:
         """Å"""
         return self.description.cutoff
 
-    def __call__(self, rij: Tensor, z: Tensor, edge_index: Tensor, mask: Tensor) -> EdgeValues:
+    def __call__(
+        self,
+        rij: Tensor,
+        z: Tensor,
+        edge_index: Tensor,
+        mask: Tensor,
+        exchange: Callable[[Tensor], Tensor] | None = None,
+    ) -> EdgeValues:
         """Return energies and derivatives.
 
         Args:
@@ -111,13 +123,16 @@ class EdgeModel:
             z: [n_atoms] int64, atomic numbers.
             edge_index: [2, n_edges] int64: i, whose neighbor j is, then j.
             mask: [n_atoms] bool: whose energies count.
+            exchange: see ``mffm.edges.Edges``; where ``can_exchange``.
 
         Raises:
             InputError: a dtype, shape or device that is not this; an index that is no atom; an unknown element; an edge
                 of no length or beyond the cutoff; values that are not finite.
         """
         self._check(rij, z, edge_index, mask)
-        values = EdgeValues(*self._run(rij, z, edge_index, mask))
+        assert exchange is None or self.can_exchange
+        with_exchange = () if exchange is None else (exchange,)
+        values = EdgeValues(*self._run(rij, z, edge_index, mask, *with_exchange))
         if not bool(values.energy.isfinite() & values.gradient.isfinite().all()):
             shortest = float(rij.square().sum(1).min().sqrt()) if len(rij) else float("inf")
             raise InputError(f"energy or its derivatives are not finite; the shortest edge has {shortest:.2g} Å")
@@ -214,4 +229,4 @@ def of_release(
         InputError: see ``AtFidelity``; the potential has no edge form (direct heads, DFT-D3).
     """
     form, description = form_of(AtFidelity(release, fidelity, dtype, device), charge, spin_multiplicity)
-    return EdgeModel(form, description, device, "eager")
+    return EdgeModel(form, description, device, "eager", Path(description.source))

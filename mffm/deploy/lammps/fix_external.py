@@ -7,7 +7,6 @@ domain  every rank evaluates its own atoms as an open cluster with its ghost ato
         to n_layers × cutoff away, so ghost atoms must reach as far.
 """
 
-import sys
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -69,23 +68,25 @@ class FixExternal:
         self._numbers = state.numbers_of(elements, model.description)
         state.require_types(lmp, elements)
         state.require_map(lmp)
-        self._comm = _communicator(lmp)
+        self._comm = state.communicator(lmp)
         self._skin_list = SkinList(model.cutoff, SKIN)
         self._error: InputError | None = None
         if mode == "domain":
             self._require_shell()
         lmp.command(f"fix {name} all external pf/callback 1 1")
         lmp.set_fix_external_callback(name, self._callback, lmp)
+        run_command = lmp.command
         for entry in _ENTRIES:
-            setattr(lmp, entry, self._raising(getattr(lmp, entry)))
+            setattr(lmp, entry, self._raising(getattr(lmp, entry), run_command))
 
-    def _raising(self, run: Callable[..., Any]) -> Callable[..., Any]:
+    def _raising(self, run: Callable[..., Any], run_command: Callable[[str], Any]) -> Callable[..., Any]:
         """Return a method of the LAMMPS object that raises what a callback within it had to hold back."""
 
         def raising(*arguments: Any, **keywords: Any) -> Any:
             found = run(*arguments, **keywords)
             if self._error is not None:
                 error, self._error = self._error, None
+                run_command("timer timeout off")  # it would stop every further run
                 raise error
             return found
 
@@ -93,8 +94,6 @@ class FixExternal:
 
     def _require_shell(self) -> None:
         found = state.communication_cutoff(self.lmp)
-        if self._comm is not None:
-            found = self._comm.bcast(found)  # LAMMPS writes on rank 0
         reach = self.model.description.reach
         if found < reach:
             reported = f"reach {found:g} Å" if found else "reach as LAMMPS chooses"
@@ -123,8 +122,6 @@ class FixExternal:
     def _stop(self, message: str, forces: np.ndarray) -> None:
         if self._error is None:
             self._error = InputError(message)
-            if self._comm is None or self._comm.rank == 0:
-                print(f"mffm: {message}", file=sys.stderr, flush=True)
         forces[:] = 0.0
         self.lmp.fix_external_set_energy_global(self.name, float("nan"))
         self.lmp.force_timeout()
@@ -253,17 +250,3 @@ def needed_edges(positions: np.ndarray, n_local: int, cutoff: float, n_layers: i
         needed[senders[needed[receivers]]] = True
     kept = needed[receivers]
     return receivers[kept], senders[kept]
-
-
-def _communicator(lmp: Any) -> Any:
-    """Return the communicator of LAMMPS, None for one rank.
-
-    Raises:
-        InputError: several ranks, and no mpi4py.
-    """
-    if lmp.extract_setting("world_size") == 1:
-        return None
-    found = lmp.get_mpi_comm()
-    if found is None:
-        raise InputError("LAMMPS runs on several ranks without mpi4py; install it: pip install 'mffm[lammps]'")
-    return found

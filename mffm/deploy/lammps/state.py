@@ -64,10 +64,10 @@ def box(lmp: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def communication_cutoff(lmp: Any) -> float:
-    """Return the cutoff of ghost atoms that LAMMPS reports between runs, Å: of comm_modify, or of the last run.
+    """Return the cutoff of ghost atoms that LAMMPS reports between runs, Å: of comm_modify, or of the last run; 0 for none.
 
     Raises:
-        InputError: it has one for each type (mode multi), or a run is going on.
+        InputError: it has one for each type (mode multi).
     """
     if lmp.extract_setting("comm_mode") != 0:
         raise InputError("comm_modify mode multi: ghost atoms of each type reach differently; give: comm_modify mode single")
@@ -75,7 +75,22 @@ def communication_cutoff(lmp: Any) -> float:
         report = Path(folder) / "info"
         lmp.command(f"info communication out overwrite {report}")
         found = re.search(r"ommunication cutoff\s*=\s*([-+.\deE]+)", report.read_text() if report.exists() else "")
-    return float(found.group(1)) if found else 0.0
+    cutoff, comm = float(found.group(1)) if found else 0.0, communicator(lmp)
+    return cutoff if comm is None else comm.bcast(cutoff)  # LAMMPS writes on rank 0
+
+
+def communicator(lmp: Any) -> Any:
+    """Return the communicator of LAMMPS, None for one rank.
+
+    Raises:
+        InputError: several ranks, and no mpi4py.
+    """
+    if lmp.extract_setting("world_size") == 1:
+        return None
+    found = lmp.get_mpi_comm()
+    if found is None:
+        raise InputError("LAMMPS runs on several ranks without mpi4py; install it: pip install 'mffm[lammps]'")
+    return found
 
 
 def short_shell(reach: str, needed: float, found: str) -> InputError:
