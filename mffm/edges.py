@@ -29,7 +29,12 @@ class Edges(Batch):
 
     @classmethod
     def make(
-        cls, edge_vectors: Tensor, atomic_numbers: Tensor, edge_index: Tensor, charge: int = 0, spin_multiplicity: int = 0
+        cls,
+        edge_vectors: Tensor,
+        atomic_numbers: Tensor,
+        edge_index: Tensor,
+        charge: int = 0,
+        spin_multiplicity: int = 0,
     ) -> Self:
         """Return the batch of a list.
 

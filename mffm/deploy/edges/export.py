@@ -151,7 +151,9 @@ def read_about(path: Path) -> dict[str, Any]:
         raise InputError(f"{path}: an archive that mffm export has not written; export a release")
     about = parse_json(text, str(path))
     if about.get("version") != VERSION:
-        raise InputError(f"{path}: version {about.get('version')} of the format, this mffm reads {VERSION}; export again")
+        raise InputError(
+            f"{path}: version {about.get('version')} of the format, this mffm reads {VERSION}; export again"
+        )
     missing = {"description", "device", "probe"} - set(about)
     if missing:
         raise InputError(f"{path}: lacks {', '.join(sorted(missing))}; export it again")

@@ -30,7 +30,9 @@ def _cpu_features() -> list[str]:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return []
-    flags: list[str] = next((line.split(":")[1].split() for line in lines if line.startswith(("flags", "Features"))), [])
+    flags: list[str] = next(
+        (line.split(":")[1].split() for line in lines if line.startswith(("flags", "Features"))), []
+    )
     return sorted(flags)
 
 

@@ -164,7 +164,7 @@ class EdgeModel:
                     f"{self.cutoff:g} Å: make the list with this cutoff, in Å, without an atom as its own neighbor"
                 )
         low, high = (int(v) for v in z.aminmax())
-        known = self._covered[z] if 0 <= low and high < len(self._covered) else torch.zeros_like(mask)
+        known = self._covered[z] if low >= 0 and high < len(self._covered) else torch.zeros_like(mask)
         if not bool(known.all()):
             wrong = int(z[~known][0])
             name = chemical_symbols[wrong] if 0 < wrong < len(chemical_symbols) else f"with atomic number {wrong}"
@@ -200,14 +200,13 @@ def form_of(at: AtFidelity, charge: int = 0, spin_multiplicity: int = 0) -> tupl
     if (charge, spin_multiplicity) != (0, 0):
         if not (isinstance(backbone, DensityConfig) and backbone.charge_and_spin):
             raise InputError(f"{place}: takes no charge and no spin multiplicity; leave them out")
-        probe = at.pack([(np.array([atomic_numbers[elements[0]]]), np.zeros((1, 3)), np.zeros((3, 3)), np.zeros(3, bool))],
-                        [(charge, spin_multiplicity)])  # fmt: skip
-        at.potential.check(probe)
+        one = np.array([atomic_numbers[elements[0]]]), np.zeros((1, 3)), np.zeros((3, 3)), np.zeros(3, bool)
+        at.potential.check(at.pack([one], [(charge, spin_multiplicity)]))
     references = at.spec.reference_table(at.device)[at.spec.fidelities.index(at.fidelity)]
     form = EdgeForm(at.potential, references, charge, spin_multiplicity).eval()
     return form, Description(
-        at.fidelity, tuple(elements), at.cutoff, layers_of(backbone), str(at.dtype).removeprefix("torch."), str(at.path),
-        at.weights_sha256, charge, spin_multiplicity,
+        at.fidelity, tuple(elements), at.cutoff, layers_of(backbone), str(at.dtype).removeprefix("torch."),
+        str(at.path), at.weights_sha256, charge, spin_multiplicity,
     )  # fmt: skip
 
 

@@ -225,11 +225,12 @@ class FixExternal:
             if len(short) == 0 and len(one_sided) == 0:
                 return
             if len(short):
-                atom = int(ids[short[0]])
-                found = f"are missing: as a ghost atom {atom} has {of_ghosts[short[0]]} of its {counts[0, atom - 1]} neighbors"
+                atom, seen = int(ids[short[0]]), of_ghosts[short[0]]
+                found = f"are missing: as a ghost atom {atom} has {seen} of its {counts[0, atom - 1]} neighbors"
             else:
                 atom = int(one_sided[0]) + 1
-                found = f"are missing: atom {atom} has {counts[0, atom - 1]} neighbors and is the neighbor of {counts[1, atom - 1]}"
+                has, of = counts[:, atom - 1]
+                found = f"are missing: atom {atom} has {has} neighbors and is the neighbor of {of}"
             raise state.short_shell(state.reach_of(self.model.description), self.model.description.reach, found)
 
         self._together(check)

@@ -2,8 +2,8 @@
 
 The interface: LAMMPS calls ``compute_forces(data)`` on every rank. The plain object is on the CPU, takes ``eatoms`` by
 assignment, and knows nothing of other ranks. That of Kokkos may be on a GPU, has ``eatoms`` to be filled in place, and
-copies rows of atoms between owners and ghosts: ``forward_exchange``, ``reverse_exchange``. These are collective: whether
-they are called must not depend on what a rank has.
+copies rows of atoms between owners and ghosts: ``forward_exchange``, ``reverse_exchange``. These are collective:
+whether they are called must not depend on what a rank has.
 
 Where a potential has several layers, ghost atoms need features of their own: from the owners between the layers
 (Kokkos), or computed here from their neighbors, which takes ``ghostneigh 1`` and ghost atoms as far as the potential
@@ -64,7 +64,7 @@ class Unified(MLIAPUnified):
         """Nothing: ``compute_forces`` does all."""
 
     def install(self, lmp: Any) -> None:
-        """Check a LAMMPS object and give this to it; then come ``pair_style mliap unified EXISTS ...`` and ``pair_coeff``.
+        """Check a LAMMPS object and give this to it; then come ``pair_style mliap unified EXISTS`` and ``pair_coeff``.
 
         Raises:
             InputError: units; ghost atoms that do not reach as far as the potential sees, where it needs them to; a
@@ -97,7 +97,8 @@ class Unified(MLIAPUnified):
         """
         if tuple(self.element_types) != self._names:
             raise InputError(
-                f"element_types was changed to {' '.join(self.element_types)} from {' '.join(self._names)}: make another"
+                f"element_types was changed to {' '.join(self.element_types)} from {' '.join(self._names)}; "
+                "make another object"
             )
         n_local, n_total = int(data.nlocal), int(data.ntotal)
         is_kokkos = hasattr(data, "forward_exchange")
@@ -123,14 +124,22 @@ class Unified(MLIAPUnified):
             data.eatoms = np.ascontiguousarray(energies.cpu().numpy())
         if len(rij):
             forces = torch.zeros_like(rij).index_copy_(0, kept, values.gradient.double())
-            data.update_pair_forces(forces if forces.device.type != "cpu" else np.ascontiguousarray(forces.numpy()))
+            data.update_pair_forces(forces if forces.device.type != "cpu" and is_kokkos else forces.cpu().numpy())
 
     def _pairs(self, data: Any) -> tuple[Tensor, Tensor]:
         """Return rij [n_pairs, 3], float64, and indices [2, n_pairs] on the model's device."""
         device = self.model.device
         if int(data.npairs) == 0:  # LAMMPS gives None then
-            return torch.zeros(0, 3, dtype=torch.float64, device=device), torch.zeros(2, 0, dtype=torch.int64, device=device)
-        rij = torch.as_tensor(data.rij).to(device, torch.float64)
+            return torch.zeros(0, 3, dtype=torch.float64, device=device), torch.zeros(
+                2, 0, dtype=torch.int64, device=device
+            )
+        rij = torch.as_tensor(data.rij)
+        if hasattr(data, "forward_exchange") and rij.device.type != device.type:
+            raise InputError(
+                f"LAMMPS has its atoms on {rij.device.type} (Kokkos), the potential is on {device.type}: "
+                f"give it with device={rij.device.type!r}"
+            )
+        rij = rij.to(device, torch.float64)
         index = torch.stack([torch.as_tensor(data.pair_i), torch.as_tensor(data.pair_j)]).to(device, torch.int64)
         return rij, index
 

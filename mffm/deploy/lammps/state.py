@@ -43,7 +43,9 @@ def require_types(lmp: Any, elements: Sequence[str]) -> None:
     if n_types == 0:
         raise InputError("LAMMPS has no simulation box yet: create or read it first")
     if n_types != len(elements):
-        raise InputError(f"{len(elements)} elements ({known(elements)}) for {n_types} atom types; give one for each type")
+        raise InputError(
+            f"{len(elements)} elements ({known(elements)}) for {n_types} atom types; give one for each type"
+        )
 
 
 def require_map(lmp: Any) -> None:
@@ -64,13 +66,15 @@ def box(lmp: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def communication_cutoff(lmp: Any) -> float:
-    """Return the cutoff of ghost atoms that LAMMPS reports between runs, Å: of comm_modify, or of the last run; 0 for none.
+    """Return the cutoff of ghost atoms that LAMMPS reports between runs, Å: of comm_modify, or of the last run, or 0.
 
     Raises:
         InputError: it has one for each type (mode multi).
     """
     if lmp.extract_setting("comm_mode") != 0:
-        raise InputError("comm_modify mode multi: ghost atoms of each type reach differently; give: comm_modify mode single")
+        raise InputError(
+            "comm_modify mode multi: ghost atoms of each type reach differently; give: comm_modify mode single"
+        )
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "info"
         lmp.command(f"info communication out overwrite {report}")

@@ -1,6 +1,6 @@
-"""Run by tests with ``mpiexec``: a triclinic alloy in a real LAMMPS, beside the ASE calculator; JSON on rank 0's stdout.
+"""Run by tests with ``mpiexec``: a triclinic alloy in a real LAMMPS beside the ASE calculator; JSON on rank 0's stdout.
 
-    python lammps_case.py RUN
+python lammps_case.py RUN
 """
 
 import json

@@ -43,7 +43,8 @@ def structures() -> dict[str, Atoms]:
     slab.pbc = [True, True, False]
     return {
         "molecule": molecule("CH3CH2OH"), "triclinic": triclinic, "alloy": alloy, "slab": slab,
-        "dimer": Atoms("CO", [[0, 0, 0], [0, 0, 1.1]]), "lone atom": Atoms("O"), "far apart": Atoms("OH", [[0] * 3, [9] * 3]),
+        "dimer": Atoms("CO", [[0, 0, 0], [0, 0, 1.1]]), "lone atom": Atoms("O"),
+        "far apart": Atoms("OH", [[0] * 3, [9] * 3]),
     }  # fmt: skip
 
 
@@ -147,7 +148,13 @@ def test_wrong_inputs_are_refused(layered_run: Path, case: str):
 
 def test_an_export_says_what_it_is(from_file: EdgeModel, layered_run: Path):
     d = from_file.description
-    assert (d.fidelity, d.elements, d.cutoff, d.n_layers, d.dtype) == ("pbe", ("H", "C", "O", "Cu", "Au"), 3.5, 2, "float64")
+    assert (d.fidelity, d.elements, d.cutoff, d.n_layers, d.dtype) == (
+        "pbe",
+        ("H", "C", "O", "Cu", "Au"),
+        3.5,
+        2,
+        "float64",
+    )
     assert d.reach == 7.0
     assert d.weights_sha256 == load_release(layered_run).weights_sha256
     assert d.versions["torch"] == torch.__version__
@@ -208,7 +215,7 @@ def test_potentials_without_an_edge_form_are_refused():
         of_release(bare({"backbone": TINY}, {}), "pbe")
     with pytest.raises(InputError, match="takes no charge"):
         of_release(bare({"backbone": TINY}, of), "pbe", charge=1)
-    with pytest.raises(InputError, match="ends in .pt2"):
+    with pytest.raises(InputError, match=r"ends in \.pt2"):
         export(bare({"backbone": TINY}, of), "model.pt", "pbe")
 
 
@@ -240,7 +247,9 @@ def test_compiled_equals_the_calculator(layered_run: Path, exported: Path, tmp_p
         ("cpu_features", ["warp"], "this CPU lacks warp"),
     ):
         elsewhere = rewritten(
-            tmp_path / "compiled.pt2", tmp_path / f"{key}.pt2", lambda about: about["machine"].update({key: value})  # noqa: B023
+            tmp_path / "compiled.pt2",
+            tmp_path / f"{key}.pt2",
+            lambda about: about["machine"].update({key: value}),  # noqa: B023
         )
         with pytest.raises(InputError, match=f"compiled for another machine .*{message}.* --compile"):
             load(elsewhere)

