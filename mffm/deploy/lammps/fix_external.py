@@ -58,7 +58,7 @@ class FixExternal:
 
     Raises:
         InputError: units, types, elements or atom map; ghost atoms that do not reach far enough; several ranks without
-            mpi4py. On a run: what ``EdgeModel`` refuses, too.
+            mpi4py. On a run: what ``EdgeModel`` refuses, too. An interrupt ends the run in the same way.
     """
 
     def __init__(self, lmp: Any, model: EdgeModel, elements: Sequence[str], mode: Mode = "whole", name: str = "mffm"):
@@ -70,7 +70,7 @@ class FixExternal:
         state.require_map(lmp)
         self._comm = state.communicator(lmp)
         self._skin_list = SkinList(model.cutoff, SKIN)
-        self._error: InputError | None = None
+        self._error: BaseException | None = None
         if mode == "domain":
             self._require_shell()
         lmp.command(f"fix {name} all external pf/callback 1 1")
@@ -83,12 +83,13 @@ class FixExternal:
         """Return a method of the LAMMPS object that raises what a callback within it had to hold back."""
 
         def raising(*arguments: Any, **keywords: Any) -> Any:
-            found = run(*arguments, **keywords)
-            if self._error is not None:
-                error, self._error = self._error, None
-                run_command("timer timeout off")  # it would stop every further run
-                raise error
-            return found
+            try:
+                return run(*arguments, **keywords)
+            finally:
+                if self._error is not None:  # before what LAMMPS says of an energy that is nan
+                    error, self._error = self._error, None
+                    run_command("timer timeout off")  # it would stop every further run
+                    raise error
 
         return raising
 
@@ -100,31 +101,22 @@ class FixExternal:
             raise state.short_shell(state.reach_of(self.model.description), reach, reported)
 
     def _callback(self, _: Any, step: int, n_local: int, ids: np.ndarray, x: np.ndarray, forces: np.ndarray) -> None:
-        message = None
-        found: Found | None = None
         try:
             if self._error is not None:
                 raise self._error
-            found = self._whole() if self.mode == "whole" else self._domain()
-        except InputError as error:  # the same on all ranks
-            message = str(error)
-        except Exception as error:  # noqa: BLE001 - ctypes would print it and go on with forces of no meaning
-            message = f"{type(error).__name__}: {error}"
-        if found is None:
-            self._stop(f"step {step}: {message}", forces)
+            found: Found = self._whole() if self.mode == "whole" else self._domain()
+        except BaseException as error:  # noqa: BLE001 - ctypes would print it and go on with forces of no meaning
+            if self._error is None:
+                self._error = InputError(f"step {step}: {error}") if isinstance(error, InputError) else error
+            forces[:] = 0.0
+            self.lmp.fix_external_set_energy_global(self.name, float("nan"))
+            self.lmp.force_timeout()
             return
         order = ids[:n_local] - 1
         forces[:] = found.forces[order]
         self.lmp.fix_external_set_energy_global(self.name, found.energy)
         self.lmp.fix_external_set_virial_global(self.name, [-found.virial[i, j] for i, j in state.VOIGT])
         self.lmp.numpy.fix_external_set_energy_peratom(self.name, np.ascontiguousarray(found.energies[order]))
-
-    def _stop(self, message: str, forces: np.ndarray) -> None:
-        if self._error is None:
-            self._error = InputError(message)
-        forces[:] = 0.0
-        self.lmp.fix_external_set_energy_global(self.name, float("nan"))
-        self.lmp.force_timeout()
 
     def _together(self, compute: Callable[[], Any]) -> Any:
         """Return what ``compute`` gives on this rank, or raise on all ranks what it raised on one."""

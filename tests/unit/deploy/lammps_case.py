@@ -4,7 +4,10 @@ python lammps_case.py RUN
 """
 
 import json
+import os
+import signal
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +127,17 @@ def main(run: str) -> dict[str, Any]:
         FixExternal(lmp, model, elements, mode)
         lmp.command("run 0")
         found[f"{mode} cluster"] = differences(lmp, cluster, run)
+        lmp.close()
+
+    if COMM.size == 1:
+        lmp = start(atoms, 9.0)
+        FixExternal(lmp, model, elements)
+        threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGINT)).start()
+        try:
+            lmp.command("run 1000000")
+        except KeyboardInterrupt:
+            found["interrupted"] = True
+        lmp.command("run 1")
         lmp.close()
 
     lmp = start(atoms, 6.0)

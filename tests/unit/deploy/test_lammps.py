@@ -68,6 +68,7 @@ def test_what_is_wrong_ends_the_command_with_the_reason(case: dict[str, Any]):
     assert case["types"] == "1 elements (Cu) for 2 atom types; give one for each type"
     assert "element 'Xx': no element symbol" in case["symbol"]
     assert "element 'Ag': unknown to this potential; known elements: H C O Cu Au" in case["unknown"]
+    assert case.get("interrupted", case["ranks"] == 2)
     assert case["mode"] == "mode 'half': whole, or domain"
 
 
