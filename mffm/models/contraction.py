@@ -85,8 +85,6 @@ def sum_over_sent(x: Tensor, batch: Batch) -> Tensor:
     """
     if isinstance(batch, Blocks):
         return pair_sums(x, batch, -1)
-    if isinstance(batch, Edges):
-        return batch.atom_sums(x, batch.neighbors)
     return _ReverseSum.apply(x, batch)
 
 

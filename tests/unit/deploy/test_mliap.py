@@ -1,8 +1,8 @@
 """ML-IAP "unified" against the definition of its interface.
 
-The data objects below keep to what LAMMPS' own (mliap_unified_couple.pyx, mliap_unified_couple_kokkos.pyx) do, for one
-rank whose ghost atoms are periodic images: which arrays there are, what may be assigned, what raises, and what
-``update_pair_forces`` and the exchanges do. What they give is compared with the ASE calculator.
+The data objects below keep to what LAMMPS' own (mliap_unified_couple.pyx, mliap_unified_couple_kokkos.pyx) do: which
+arrays there are, what may be assigned, what raises, and what ``update_pair_forces`` and the exchanges do. What they give
+is compared with the ASE calculator.
 """
 
 import pickle
@@ -32,22 +32,22 @@ class Plain:
     Args:
         shell: Å; how far ghost atoms reach.
         ghostneigh: whether ghost atoms have pairs, too.
+        local: the atoms of this rank; all where None.
     """
 
-    def __init__(self, atoms: Atoms, unified: Unified, shell: float, ghostneigh: bool):
+    def __init__(self, atoms: Atoms, unified: Unified, shell: float, ghostneigh: bool, local: np.ndarray | None = None):
         cutoff = 2 * unified.rcutfac
-        images = [np.zeros(3, int)]
-        owner, positions = [np.arange(len(atoms))], [atoms.positions]
-        if atoms.pbc.any():
-            images = [np.array(s) for s in np.ndindex(7, 7, 7)]
-            for shift in (s - 3 for s in images):
-                if shift.any():
-                    moved = atoms.positions + shift @ atoms.cell.array
-                    near = np.linalg.norm(moved[:, None] - atoms.positions, axis=2).min(1) < shell
-                    owner.append(np.flatnonzero(near))
-                    positions.append(moved[near])
-        self._owner, self._x = np.concatenate(owner), np.concatenate(positions)
-        self.nlocal, self.ntotal = len(atoms), len(self._x)
+        local = np.arange(len(atoms)) if local is None else local
+        owner, positions = [local], [atoms.positions[local]]
+        for shift in np.array(list(np.ndindex(7, 7, 7))) - 3 if atoms.pbc.any() else np.zeros((1, 3), int):
+            moved = atoms.positions + shift @ atoms.cell.array
+            near = np.linalg.norm(moved[:, None] - atoms.positions[local], axis=2).min(1, initial=np.inf) < shell
+            if not shift.any():
+                near[local] = False
+            owner.append(np.flatnonzero(near))
+            positions.append(moved[near])
+        self._owner, self._x, self._n_all = np.concatenate(owner), np.concatenate(positions), len(atoms)
+        self.nlocal, self.ntotal = len(local), len(self._x)
         index = {symbol: i for i, symbol in enumerate(unified.element_types)}
         self.elems = np.array([index[s] for s in atoms.symbols], np.int32)[self._owner]
         i, j, _ = neighbor_list(self._x, np.zeros((3, 3)), np.zeros(3, bool), cutoff)
@@ -97,8 +97,8 @@ class Plain:
 
     @property
     def forces(self) -> np.ndarray:
-        """After LAMMPS' reverse communication: [nlocal, 3]."""
-        out = np.zeros((self.nlocal, 3))
+        """After LAMMPS' reverse communication: what this rank adds to [n_atoms, 3]."""
+        out = np.zeros((self._n_all, 3))
         np.add.at(out, self._owner, self._f)
         return out
 
@@ -157,6 +157,22 @@ def test_equals_ase_with_neighbors_of_ghosts(unified: Unified, layered_run: Path
     data = kind(atoms, unified, shell=LAYERS * 3.5 + 0.5, ghostneigh=True)
     unified.compute_forces(data)
     assert_is_ase(data, atoms, layered_run)
+
+
+def test_two_ranks_add_up(unified: Unified, layered_run: Path):
+    atoms = crystal()
+    ranks = [
+        Plain(atoms, unified, LAYERS * 3.5 + 0.5, True, local)
+        for local in (np.flatnonzero(atoms.positions[:, 0] < 2.0), np.flatnonzero(atoms.positions[:, 0] >= 2.0))
+    ]
+    for data in ranks:
+        unified.compute_forces(data)
+        assert 0 < data.nlocal < len(atoms)
+    atoms.calc = Calculator(layered_run, "pbe", dtype="float64")
+    assert sum(d._energy for d in ranks) == pytest.approx(atoms.get_potential_energy(), abs=1e-9)
+    np.testing.assert_allclose(sum(d.forces for d in ranks), atoms.get_forces(), atol=1e-9)
+    stress = sum(d.virial for d in ranks) / atoms.get_volume()
+    np.testing.assert_allclose(stress, atoms.get_stress(voigt=False), atol=1e-9)
 
 
 def test_equals_ase_with_features_from_owners(unified: Unified, layered_run: Path):
