@@ -1,8 +1,8 @@
 """ML-IAP "unified" against the definition of its interface.
 
 The data objects below keep to what LAMMPS' own (mliap_unified_couple.pyx, mliap_unified_couple_kokkos.pyx) do: which
-arrays there are, what may be assigned, what raises, and what ``update_pair_forces`` and the exchanges do. What they give
-is compared with the ASE calculator.
+arrays there are, what may be assigned, what raises, and what ``update_pair_forces`` and the exchanges do. Their numbers
+are compared with those of the ASE calculator.
 """
 
 import pickle
