@@ -182,3 +182,14 @@ def test_edge_form_of_a_file_is_that_of_the_cpu(tmp_path: Path, compiled: bool):
     found, wanted = (evaluate(m, *geometry(atoms)) for m in (model, here))
     assert found.energy == pytest.approx(wanted.energy, abs=1e-9)
     np.testing.assert_allclose(found.forces, wanted.forces, atol=1e-9)
+
+
+def test_compiled_training_on_molecules_of_many_sizes(
+    make_recipe: Callable[..., Path], run_mffm: Callable, tmp_path: Path
+) -> None:
+    """A size that the compiler takes for a constant shows at the second batch."""
+    recipe = make_recipe()
+    for name, change in (("plain", "false"), ("compiled", "true")):
+        done = run_mffm("train", str(recipe), f"run={tmp_path / name}", f"train.compile={change}")
+        assert done.returncode == 0, done.stderr
+    assert losses(tmp_path / "compiled") == pytest.approx(losses(tmp_path / "plain"), rel=1e-2)

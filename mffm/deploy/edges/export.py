@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.export import Dim, ExportedProgram
@@ -75,7 +76,7 @@ def export(
 def require_outputs(model: EdgeModel, contents: Contents | None) -> list[Difference]:
     """Refuse a model that does not predict a release's reference outputs; return the differences, [] without outputs.
 
-    Structures of another charge or spin multiplicity are left out.
+    Structures of another charge or spin multiplicity, or with an element that the fidelity lacks, are left out.
 
     Raises:
         InputError: with the structure, the quantity, the difference and the tolerance.
@@ -86,7 +87,11 @@ def require_outputs(model: EdgeModel, contents: Contents | None) -> list[Differe
     stored = Outputs.from_dict(contents.documents["outputs.json"], place)
     stored = replace(stored, values={description.fidelity: stored.values[description.fidelity]})
     state = description.charge, description.spin_multiplicity
-    only = [i for i, s in enumerate(stored.structures) if (s.charge, s.spin_multiplicity) == state]
+    only = [
+        i
+        for i, s in enumerate(stored.structures)
+        if (s.charge, s.spin_multiplicity) == state and np.isin(s.numbers, description.numbers).all()
+    ]
     found = compare(stored, predictor(model), description.dtype, only) if only else []
     refuse_differences(found, stored, f"{place} in edge form")
     return found

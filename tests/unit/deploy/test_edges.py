@@ -1,5 +1,6 @@
 """The edge form: equal to the release, exported and compiled, for any sizes; what is wrong is refused."""
 
+import copy
 import json
 import zipfile
 from collections.abc import Callable
@@ -20,6 +21,7 @@ from mffm.data.references import ElementReferences
 from mffm.deploy.ase import Calculator
 from mffm.deploy.at_fidelity import geometry
 from mffm.deploy.edges import EdgeModel, compile_export, evaluate, export, load, of_release, predictor
+from mffm.deploy.edges.export import require_outputs
 from mffm.errors import InputError
 from mffm.fidelity import Fidelity, FidelityTable
 from mffm.release import Loaded, PotentialSpec
@@ -83,6 +85,19 @@ def test_reproduces_the_reference_outputs_of_a_release():
         assert all(d.is_within for d in found)
         other = replace(stored, values={fidelity: list(reversed(stored.values[fidelity]))})
         assert not all(d.is_within for d in compare(other, predictor(of_release(GOLDEN, fidelity))))
+
+
+def test_reference_outputs_are_compared_where_the_fidelity_has_the_elements():
+    contents = load_release(GOLDEN).contents
+    assert contents is not None
+    model = of_release(GOLDEN, "pbe")
+    documents = copy.deepcopy(contents.documents)
+    documents["outputs.json"]["structures"][3]["numbers"][0] = 79
+    found = require_outputs(model, replace(contents, documents=documents))
+    assert {d.structure for d in found} == set(range(10)) - {3}
+    documents["outputs.json"]["structures"][4]["fidelities"]["pbe"]["forces"][0][0] += 1e-3
+    with pytest.raises(InputError, match="structure 4 at 'pbe': forces differs by 0.001"):
+        require_outputs(model, replace(contents, documents=documents))
 
 
 def list_of(model: EdgeModel, atoms: Atoms) -> list[torch.Tensor]:
