@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from mffm import __version__
-from mffm.cli import benchmark, cluster, config, data, evaluation, predict, properties, release, study, training
+from mffm.cli import benchmark, cluster, config, data, evaluation, export, predict, properties, release, study, training
 from mffm.cli.output import complain
 from mffm.errors import InputError, told
 
@@ -34,6 +34,7 @@ COMMANDS = (  # in the order of ``mffm --help``
     release.inspect,
     release.diff,
     predict.predict,
+    export.export,
     properties.relax,
     properties.md,
     properties.phonons,
