@@ -1,0 +1,103 @@
+"""Labels that a release predicts for training structures, in a layer beside the store: a replay without the data."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from mffm import distributed
+from mffm.batch import reference_energy
+from mffm.data import records
+from mffm.data.layers import write_beside
+from mffm.data.pools import choose
+from mffm.data.store import Store
+from mffm.errors import InputError
+from mffm.fidelity import FidelityTable
+from mffm.keys import ENERGY, FORCES, STRESS, Property
+from mffm.release import Loaded, licence_chain, systems_at
+
+FOLDER = "replay"  # of a run
+SOURCE = "predictions-of-the-release"
+
+Labels = dict[tuple[int, Property], np.ndarray]
+
+
+def beside(
+    base: Loaded, store: Store, names: Sequence[str], folder: Path, properties: Sequence[Property], most: int | None
+) -> Store:
+    """Return the store with a layer of predictions at these fidelities, written into the folder where it is not there.
+
+    Structures are those of the training split whose elements the fidelity knows; ``most`` of them, chosen by a hash.
+    The store itself is not touched. Every rank calls this, rank 0 writes.
+
+    Raises:
+        InputError: a fidelity knows the elements of no structure.
+    """
+    if distributed.ranks_from_environment().is_main and not folder.exists():
+        _write(base, store, names, folder, properties, most)
+    distributed.barrier()
+    return opened(store, folder)
+
+
+def opened(store: Store, folder: Path) -> Store:
+    """Return the store with the layer in the folder.
+
+    Raises:
+        InputError: there is none.
+    """
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such folder, the labels of the replay are gone; start the run anew")
+    return Store(store.path, [layer.name for layer in store.layers], folder.resolve())
+
+
+def _write(
+    base: Loaded, store: Store, names: Sequence[str], folder: Path, properties: Sequence[Property], most: int | None
+) -> None:
+    labels: dict[int, Labels] = {}
+    rows = store.rows(split="train")
+    compositions = store.composition(rows)
+    for k, name in enumerate(names):
+        covered = rows[base.spec.references.covers(name, compositions)]
+        if not len(covered):
+            raise InputError(
+                f"fine_tune.replay: predictions: {base.path} knows at {name!r} only "
+                f"{' '.join(base.spec.references.elements(name)) or 'no element'}, and no training structure of "
+                f"{store.path} consists of these alone; take replay: data with labels of {name!r}, or none"
+            )
+        for row, own in _predictions(base, store, choose(store, covered, 0, most), name, properties):
+            labels.setdefault(row, {}).update({(k, prop): value for prop, value in own.items()})
+    order = sorted(labels)
+
+    def after(key: bytes) -> Iterator[tuple[int, bytes]]:
+        begin = int(np.searchsorted(order, int.from_bytes(key, "big"), "right")) if key else 0
+        for row in order[begin:]:
+            yield row, records.pack_labels(labels[row], int(store.n_atoms[row]))
+
+    chain = licence_chain(base.spec.provenance)
+    source = {
+        "name": SOURCE,
+        "licence": "; ".join(dict.fromkeys(str(s.get("licence", "")) for s in chain)),
+        "citation": f"predictions of {base.path.name}",
+    }
+    write_beside(store, folder, FidelityTable(base.fidelities[n] for n in names), source, after)
+
+
+def _predictions(
+    base: Loaded, store: Store, rows: np.ndarray, name: str, properties: Sequence[Property]
+) -> Iterator[tuple[int, dict[Property, np.ndarray]]]:
+    table, index = base.spec.reference_table(), base.fidelities.index(name)
+    stress = STRESS in properties and base.potential.has_stress
+    of_any = store.fidelities.names[0]  # whose labels nothing reads
+    for batch in systems_at(base, store, rows, of_any, name):
+        prediction = base.potential(batch, forces=FORCES in properties, stress=stress)
+        energies = prediction.energy + reference_energy(batch, table)
+        assert int(batch.fidelity_idx[0]) == index
+        forces = None if prediction.forces is None else torch.split(prediction.forces, batch.n_atoms.tolist())
+        for i, row in enumerate(batch.rows.tolist()):
+            own: dict[Property, np.ndarray] = {ENERGY: energies[i].numpy()}
+            if forces is not None:
+                own[FORCES] = forces[i].numpy()
+            if prediction.stress is not None and float(batch.volume[i]) > 0:
+                own[STRESS] = prediction.stress[i].double().numpy()
+            yield row, own
