@@ -152,19 +152,23 @@ def write_beside(
     fidelities: FidelityTable,
     source: dict[str, str],
     after: Callable[[bytes], Iterator[tuple[int, bytes]]],
+    made_from: dict[str, Any],
 ) -> None:
     """Write a layer that is not the store's into a folder of its own, whole or not at all: ``Store(beside=folder)``.
 
     Args:
         source: name, licence and citation.
         after: see ``write_layer``; indices of fidelities are those of ``fidelities``.
+        made_from: kept in beside.json, for whoever wants to know whether it is still the right one.
     """
     aside = folder.with_name(folder.name + ".partial")
     shutil.rmtree(aside, ignore_errors=True)
     try:
         aside.mkdir(parents=True)
         write_layer(store, aside, source["name"], source["name"], fidelities.names, after)
-        records.write_json(aside / "beside.json", {"fidelities": fidelities.to_list(), "source": source})
+        records.write_json(
+            aside / "beside.json", {"fidelities": fidelities.to_list(), "source": source, "made_from": made_from}
+        )
         aside.rename(folder)
     except (OSError, lmdb.Error) as error:
         explained = records.disk_error(error, folder)

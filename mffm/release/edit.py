@@ -82,6 +82,7 @@ def copy(loaded: Loaded, old: str, new: str) -> Loaded:
         InputError: the name is taken, or there is no ``old``.
     """
     edited = add(loaded, replace(loaded.fidelities[old], name=new), old)
+    edited.spec.references.report[new] = dict(loaded.spec.references.report.get(old, {}))
     edited.spec.label_counts[new] = dict(loaded.spec.label_counts.get(old, {}))
     return edited
 

@@ -42,7 +42,7 @@ def refit_references(
         fixed: [N_ELEMENTS + 1] eV; elements that have a value here keep it.
 
     Returns:
-        [N_ELEMENTS + 1] float64, eV; NaN for elements that the rows lack.
+        [N_ELEMENTS + 1] float64, eV; NaN for elements that the rows lack and that are not fixed.
     """
     rows = np.sort(rows)
     energies: dict[int, float] = {}
@@ -58,7 +58,7 @@ def refit_references(
         start = np.where(np.isnan(fixed), start, fixed)
         free = present[np.isnan(fixed[present])]
     residual = store.energies(fidelity, rows) - np.array([energies[int(r)] for r in rows]) - composition @ start
-    references = np.full(N_ELEMENTS + 1, np.nan)
+    references = np.full(N_ELEMENTS + 1, np.nan) if fixed is None else fixed.copy()
     references[present] = start[present]
     references[free] += np.linalg.lstsq(composition[:, free], residual, rcond=None)[0]
     return references

@@ -246,9 +246,15 @@ def with_parents(recipe: Recipe, start: Start, store: Store, pools: Sequence[Poo
     Best is the smallest product of the errors of energy (after refitted references) and forces on training labels.
 
     Raises:
-        InputError: a new fidelity without labels to choose by.
+        InputError: the recipe names a parent that is not there; no fidelity of the release knows the elements.
     """
     base, found = start.base, dict(recipe.model.init_from)
+    for name, parent in found.items():
+        if parent not in base.fidelities:
+            raise InputError(
+                f"model.init_from.{name}: {parent!r} is not a fidelity of {base.path}; it has: "
+                f"{known(base.fidelities.names)}"
+            )
     candidates: dict[str, dict[str, Errors]] = {}
     for name in recipe.trained:
         if name in base.fidelities or name in found:

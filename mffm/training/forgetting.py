@@ -1,9 +1,11 @@
 """Errors of all fidelities before and after a fine-tuning: what was learned, and what was forgotten, as numbers.
 
-RUN/finetune.json and finetune.md; before is the release (of a new fidelity: its parent with refitted references), after
-are the run's best weights. On the validation split, and on ``test`` where the store has one.
+RUN/finetune.json and finetune.md. Before is the release (of a new fidelity: its parent with refitted references),
+which RUN/weights/start.safetensors keeps; after are the run's best weights. On the validation split, and on ``test``
+where the store has one. A fidelity without labels there is compared with what the release predicts.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,10 +16,11 @@ from mffm import distributed
 from mffm.batch import reference_energy
 from mffm.data.loader import evaluation_batches
 from mffm.data.pools import choose
+from mffm.fidelity import FidelityTable
 from mffm.keys import ENERGY, FORCES, REPORT_UNITS, STRESS
 from mffm.loss import ErrorSums
 from mffm.models.potential import Potential
-from mffm.release import read_json, read_weights, write_json, write_text
+from mffm.release import read_json, read_weights, write_json, write_text, write_weights
 from mffm.training import modes, predicted
 
 if TYPE_CHECKING:
@@ -33,6 +36,7 @@ def begin(run: Path, setup: "Setup", potential: Potential, ranks: distributed.Ra
     before = {split: measure(setup, potential, split, ranks) for split in _splits(setup)}
     content = {**facts(setup), "before": before}
     if ranks.is_main:
+        write_weights(_start(run), potential.state_dict())
         write_json(run / f"{NAME}.json", content)
     lines = [
         f"{name!r} starts from {entry['parent']!r}" + (f", the nearest: {_tried(entry)}" if entry["tried"] else "")
@@ -46,6 +50,10 @@ def begin(run: Path, setup: "Setup", potential: Potential, ranks: distributed.Ra
         for pool in content["pools"]
     ]
     return [*lines, "step 0: the release's fidelities predict what it does"]
+
+
+def _start(run: Path) -> Path:
+    return run / "weights" / "start.safetensors"
 
 
 def _tried(entry: dict[str, Any]) -> str:
@@ -72,7 +80,11 @@ def finish(run: Path, setup: "Setup", potential: Potential, ranks: distributed.R
         for split, found in after.items()
         for was, row in zip(content["before"][split], found, strict=True)
     ]  # fmt: skip
-    content |= {"weights": path.stem, "after": after, "rows": rows}
+    split = setup.recipe.data.validation_split
+    measured = {row["fidelity"] for row in rows if row["split"] == split}
+    old = [n for n in setup.fidelities.names if n not in measured and n not in content["new"]]
+    drift = _drift(run, setup, potential, split, old, ranks)
+    content |= {"weights": path.stem, "after": after, "rows": rows, "drift": drift}
     if ranks.is_main:
         write_json(run / f"{NAME}.json", content)
         write_text(run / f"{NAME}.md", markdown(content))
@@ -80,7 +92,49 @@ def finish(run: Path, setup: "Setup", potential: Potential, ranks: distributed.R
         f"{r['split']} {r['fidelity']} {r['property']}: "
         f"MAE {r['before']:.4g} before, {r['after']:.4g} {r['unit']} after"
         for r in rows
+    ] + [
+        f"{split} {r['fidelity']} {r['property']}: no labels; {r['mad']:.4g} {r['unit']} from the release's predictions"
+        for r in drift
     ]
+
+
+def _drift(
+    run: Path, setup: "Setup", potential: Potential, split: str, names: Sequence[str], ranks: distributed.Ranks
+) -> list[dict[str, Any]]:
+    """Return how far predictions went from the release's at fidelities without labels; structures are the split's.
+
+    Collective. Structures with an element that the fidelity does not know are left out.
+    """
+    store, cutoff, device = setup.store, setup.recipe.model.backbone.cutoff, next(potential.parameters()).device
+    before = setup.spec.build().to(device).eval().requires_grad_(False)
+    before.load_state_dict(read_weights(_start(run)))
+    every = store.rows(split=split)
+    found = []
+    for name in names:
+        rows = every[setup.spec.references.covers(name, store.composition(every))]
+        rows = choose(store, rows, 0, setup.recipe.data.validation_max_frames)
+        own, sums = setup.fidelities.index(name), torch.zeros(4, dtype=torch.float64, device=device)
+        carrier = FidelityTable([store.fidelities[store.fidelities.names[0]]])  # whose labels nothing reads
+        batches = evaluation_batches(store, rows, carrier.names[0], carrier, cutoff, EVALUATION_EDGES)
+        for index, batch in enumerate(batches):
+            if index % ranks.world_size == ranks.rank:
+                batch = batch.to(device)
+                batch = batch.with_fidelity(torch.full_like(batch.fidelity_idx, own))
+                a, b = before(batch), potential(batch)
+                assert a.forces is not None
+                assert b.forces is not None
+                energies = ((a.energy - b.energy) / batch.n_atoms).abs()
+                forces = (a.forces - b.forces).abs().double()
+                sums += torch.stack(
+                    [energies.sum(), sums.new_tensor(len(energies)), forces.sum(), sums.new_tensor(forces.numel())]
+                )
+        energy, n, force, n_components = distributed.sum_over_ranks(sums).tolist()
+        for prop, total, count in ((ENERGY, energy, n), (FORCES, force, n_components)):
+            if count:
+                unit, factor = REPORT_UNITS[prop]
+                row = {"fidelity": name, "property": prop, "mad": total / count * factor, "unit": unit}
+                found.append({**row, "n_systems": int(n)})
+    return found
 
 
 def facts(setup: "Setup") -> dict[str, Any]:
@@ -190,4 +244,17 @@ def markdown(content: dict[str, Any]) -> str:
         kind = "new" if r["is_new"] else "old"
         numbers = f"{r['before']:.4g} | {r['after']:.4g} | {r['unit']} | {ratio} | {r['n_systems']}"
         lines.append(f"| {r['split']} | {r['fidelity']} | {kind} | {r['property']} | {numbers} |")
+    if content["drift"]:
+        lines += [
+            "",
+            "Fidelities without labels there: mean absolute differences from what the release predicts for the same "
+            "structures. Which of the two is nearer to the level of theory they do not tell.",
+            "",
+            "| fidelity | property | difference | unit | structures |",
+            "|---|---|---|---|---|",
+        ]
+        lines += [
+            f"| {r['fidelity']} | {r['property']} | {r['mad']:.4g} | {r['unit']} | {r['n_systems']} |"
+            for r in content["drift"]
+        ]
     return "\n".join(lines) + "\n"

@@ -35,6 +35,12 @@ def freeze(potential: Potential, recipe: Recipe) -> None:
     backbone = {name for name in state if name.startswith(BACKBONE)}
     low_rank, rows = [], {}
     if section.mode == "heads" and len(potential.fidelities) > 1:
+        base = potential.config.heads.base
+        if base in recipe.trained and potential.config.conditioning.kind == "none":
+            raise InputError(
+                f"fine_tune.mode: heads: the head of {base!r} is in the predictions of all fidelities (delta heads), "
+                "it has none of its own; take mode frozen, lora or full"
+            )
         own = [i for i, name in enumerate(potential.fidelities) if name in recipe.trained]
         rows = {name: own for name in state if name in potential.per_fidelity()}
         frozen = set(state)

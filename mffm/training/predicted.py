@@ -1,7 +1,9 @@
 """Labels that a release predicts for training structures, in a layer beside the store: a replay without the data."""
 
+import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,7 +17,7 @@ from mffm.data.store import Store
 from mffm.errors import InputError
 from mffm.fidelity import FidelityTable
 from mffm.keys import ENERGY, FORCES, STRESS, Property
-from mffm.release import Loaded, licence_chain, systems_at
+from mffm.release import Loaded, licence_chain, read_json, systems_at
 
 FOLDER = "replay"  # of a run
 SOURCE = "predictions-of-the-release"
@@ -34,26 +36,43 @@ def beside(
     Raises:
         InputError: a fidelity knows the elements of no structure.
     """
-    if distributed.ranks_from_environment().is_main and not folder.exists():
-        _write(base, store, names, folder, properties, most)
+    made_from = {
+        "weights_sha256": base.weights_sha256, "store": store.fingerprint, "fidelities": list(names),
+        "properties": list(properties), "most": most,
+    }  # fmt: skip
+    if distributed.ranks_from_environment().is_main and _made_from(folder) != made_from:
+        shutil.rmtree(folder, ignore_errors=True)  # of a start with another release
+        _write(base, store, names, folder, properties, most, made_from)
     distributed.barrier()
     return opened(store, folder)
 
 
-def opened(store: Store, folder: Path) -> Store:
+def _made_from(folder: Path) -> dict[str, Any] | None:
+    path = folder / "beside.json"
+    return read_json(path).get("made_from") if path.is_file() else None
+
+
+def opened(store: Store, folder: Path, fingerprint: str | None = None) -> Store:
     """Return the store with the layer in the folder.
 
+    Args:
+        fingerprint: of the layer; None: any.
+
     Raises:
-        InputError: there is none.
+        InputError: there is none, or another one.
     """
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder, the labels of the replay are gone; start the run anew")
-    return Store(store.path, [layer.name for layer in store.layers], folder.resolve())
+    found = Store(store.path, [layer.name for layer in store.layers], folder.resolve())
+    if fingerprint not in (None, found.layers[0].fingerprint):
+        raise InputError(f"{folder}: not the labels that the run began with; restore them, or start the run anew")
+    return found
 
 
 def _write(
-    base: Loaded, store: Store, names: Sequence[str], folder: Path, properties: Sequence[Property], most: int | None
-) -> None:
+    base: Loaded, store: Store, names: Sequence[str], folder: Path, properties: Sequence[Property], most: int | None,
+    made_from: dict[str, Any],
+) -> None:  # fmt: skip
     labels: dict[int, Labels] = {}
     rows = store.rows(split="train")
     compositions = store.composition(rows)
@@ -80,7 +99,7 @@ def _write(
         "licence": "; ".join(dict.fromkeys(str(s.get("licence", "")) for s in chain)),
         "citation": f"predictions of {base.path.name}",
     }
-    write_beside(store, folder, FidelityTable(base.fidelities[n] for n in names), source, after)
+    write_beside(store, folder, FidelityTable(base.fidelities[n] for n in names), source, after, made_from)
 
 
 def _predictions(

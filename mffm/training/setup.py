@@ -74,7 +74,8 @@ def prepare(recipe: Recipe, saved: PotentialSpec | None = None) -> Setup:
         recipe, start, store = finetune.resolved(recipe, base, store)
         base = start.base
     elif recipe.fine_tune is not None and recipe.fine_tune.replay == "predictions":
-        store = predicted.opened(store, Path(recipe.run_folder) / predicted.FOLDER)
+        replay = saved.provenance.get("start_from", {}).get("replay", {}) if saved else {}
+        store = predicted.opened(store, Path(recipe.run_folder) / predicted.FOLDER, replay.get("fingerprint"))
     known_ones = next((x.fidelities for x in (saved, base) if x is not None), store.fidelities)
     fidelities = finetune.fidelities_of(recipe, store, known_ones)
     for other, path, init_from in (
@@ -213,6 +214,8 @@ def provenance(recipe: Recipe, store: Store, plan: Plan, base: Loaded | None) ->
     }
     if base is not None:
         record["start_from"] = {"path": str(recipe.start_from), "provenance": base.spec.provenance}
+        if store.beside is not None:
+            record["start_from"]["replay"] = {"fingerprint": store.layers[0].fingerprint}
     return record
 
 
