@@ -386,8 +386,8 @@ def test_refusals(tiny_release: Path, tiny_run: Path, make: Callable[..., Path],
     mixed = [{**PBE, "fidelity": "gfn2"}, PBE, CC]
     with pytest.raises(InputError, match=r"every fidelity of .* has a pool of its own already"):
         setup_of(tiny_release, make(mixed), "fine_tune.replay=data")
+    pure = save(_without_conditioning(tiny_run, tmp_path), tmp_path / "pure")
     with pytest.raises(InputError, match="head of 'gfn2' is in the predictions of all fidelities"):
-        pure = save(_without_conditioning(tiny_run, tmp_path), tmp_path / "pure")
         setup_of(pure, make([{**PBE, "fidelity": "gfn2"}]), "fine_tune.mode=heads")
 
 
@@ -413,7 +413,7 @@ def test_another_level_of_theory_under_a_known_name_is_refused(
     manifest = json.loads((store / "manifest.json").read_text())
     manifest["fidelities"][1]["level_of_theory"] = "PBE0"
     (store / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(InputError, match="fidelity 'pbe' is 'PBE0' in .* and 'PBE/def2-SVP' in"):
+    with pytest.raises(InputError, match=r"fidelity 'pbe' is 'PBE0' in .* and 'PBE/def2-SVP' in"):
         setup_of(tiny_release, make([PBE], store=store))
 
 
