@@ -370,6 +370,8 @@ def radar(path: Path, axes_names: Sequence[str], lines: Mapping[str, Sequence[fl
 def points_by_name(path: Path, names: Sequence[str], panels: Sequence[tuple[str, Sequence[Sequence[float]]]]) -> None:
     """Draw values of named things, logarithmic, a panel for each (title, values of each name): a dot a value."""
     plt = _pyplot()
+    from matplotlib.ticker import NullFormatter
+
     figure, axes = plt.subplots(
         1, len(panels), figsize=(1.5 + 2.6 * len(panels), 0.8 + 0.3 * len(names)), sharey=True, layout="constrained"
     )

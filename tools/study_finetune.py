@@ -11,7 +11,6 @@ frames; errors are those of the whole test split. The same command goes on after
 again.
 """
 
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -20,6 +19,7 @@ from typing import Annotated, Any
 
 import numpy as np
 import typer
+import yaml
 
 from mffm import plots
 from mffm.config.base import apply_overrides, as_overrides, read_yaml
@@ -270,7 +270,7 @@ def main(
     steps: Annotated[int, typer.Option(help="of a fine-tuning")] = 300,
     lr: Annotated[float, typer.Option(help="of a fine-tuning")] = 0.001,
     seeds: Annotated[str, typer.Option(help="comma-separated")] = "0,1,2",
-    backbone: Annotated[str, typer.Option(help="JSON, of the release")] = '{"size": "S"}',
+    backbone: Annotated[str, typer.Option(help="YAML, of the release")] = "{size: S}",
     workers: Annotated[int, typer.Option(min=1, help="processes")] = 1,
     docs: Annotated[
         Path | None, typer.Option(help="folder for a copy of report.md, report.json and errors.png")
@@ -279,7 +279,7 @@ def main(
     """Compare fine-tunings of a release to a new level of theory."""
     own = [int(s) for s in seeds.split(",")]
     study = Study(
-        folder, Store(store), old, new, labels, base_steps, steps, lr, own, release, json.loads(backbone)
+        folder, Store(store), old, new, labels, base_steps, steps, lr, own, release, yaml.safe_load(backbone)
     )  # fmt: skip
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder / "lock"):

@@ -146,11 +146,8 @@ def _replayed(recipe: Recipe, base: Loaded, store: Store) -> tuple[Recipe, Store
     pools = list(recipe.data.plan.pools)
     mine = {p.fidelity for p in pools if p.source != predicted.SOURCE}
     old = [n for n in base.fidelities.names if n not in mine]
-    if not old:
-        raise InputError(
-            f"fine_tune.replay: {section.replay}: every fidelity of {base.path} has a pool of its own already; "
-            "leave replay out"
-        )
+    if not old:  # a run that starts again from its resolved recipe, or pools of the user's own choice
+        return recipe, store
     if section.replay == "predictions":
         used = {prop for pool in pools for prop in pool.properties}
         properties: list[Property] = [ENERGY, FORCES, *([STRESS] if STRESS in used else [])]

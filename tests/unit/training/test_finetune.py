@@ -277,6 +277,19 @@ def test_a_release_of_one_head_gets_one_for_each_fidelity(
     assert alone.fidelities.names == ("gfn2",)
 
 
+@pytest.mark.parametrize("replay", ["data", "predictions"])
+def test_a_start_from_the_resolved_recipe_is_the_same_start(
+    tiny_release: Path, make: Callable[..., Path], tmp_path: Path, replay: str
+):
+    setup = setup_of(tiny_release, make([CC], fine_tune={"replay": replay, "replay_frames": 8}))
+    assert [(p.fidelity, p.weight) for p in setup.recipe.data.plan.pools] == [
+        ("ccsdt", 0.5), ("gfn2", 0.25), ("pbe", 0.25),
+    ]  # fmt: skip
+    again = prepare(load_recipe(Recipe, _written(setup.recipe, tmp_path)))
+    assert again.recipe == setup.recipe
+    assert again.plan.fingerprint == setup.plan.fingerprint
+
+
 def _written(recipe: Recipe, folder: Path) -> Path:
     from mffm.config.base import dump
 
@@ -383,9 +396,6 @@ def test_refusals(tiny_release: Path, tiny_run: Path, make: Callable[..., Path],
     ):
         with pytest.raises(InputError, match=message):
             setup_of(tiny_release, make([CC]), *overrides)
-    mixed = [{**PBE, "fidelity": "gfn2"}, PBE, CC]
-    with pytest.raises(InputError, match=r"every fidelity of .* has a pool of its own already"):
-        setup_of(tiny_release, make(mixed), "fine_tune.replay=data")
     pure = save(_without_conditioning(tiny_run, tmp_path), tmp_path / "pure")
     with pytest.raises(InputError, match="head of 'gfn2' is in the predictions of all fidelities"):
         setup_of(pure, make([{**PBE, "fidelity": "gfn2"}]), "fine_tune.mode=heads")
