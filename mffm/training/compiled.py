@@ -13,7 +13,7 @@ import os
 import platform
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -123,10 +123,12 @@ class CompiledStep:
             lowering.register()
             graph, constants = self._traced(parameters, blocks, inputs)
             placeholders = [node.meta["val"] for node in graph.graph.nodes if node.op == "placeholder"]
+            symbols = [size for value in placeholders for size in value.shape if isinstance(size, torch.SymInt)]
             with refused_compiler():
                 function = torch._inductor.standalone_compile(
                     graph, placeholders, dynamic_shapes="from_graph", options={"config_patches": options}
                 )
+            _require_symbolic(symbols, "compiling")
             names = [f"{i:04d}" for i in range(len(constants))]
             # written aside, as another run may have the file mapped
             aside = folder / f"constants.{platform.node()}.{os.getpid()}.partial"
@@ -144,7 +146,7 @@ class CompiledStep:
         from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
         environment = ShapeEnv()
-        sizes = _symbols(environment, self.potential.avg_neighbors, self.width)
+        sizes = _symbols(environment, self.potential.avg_neighbors, self.width, parameters[0].device)
         mode = FakeTensorMode(shape_env=environment, allow_non_fake_inputs=True)
         with mode:
             fakes = [
@@ -177,8 +179,7 @@ class CompiledStep:
             graph = make_fx(step, tracing_mode="symbolic", decomposition_table=_DECOMPOSITIONS)(*weights, *fakes)
         finally:
             self.potential.train(was_training)
-        fixed = [str(size) for size in sizes.values() if not size.node.expr.free_symbols]
-        assert not fixed, f"a size became a constant while tracing: {fixed}"
+        _require_symbolic(sizes.values(), "tracing")
         return graph, _lifted(graph, mode)
 
 
@@ -233,16 +234,24 @@ def _embedding_backward(
 _DECOMPOSITIONS = {torch.ops.aten.embedding_dense_backward.default: _embedding_backward}
 
 
-def _symbols(environment: Any, avg_neighbors: float, width: int) -> dict[str, Any]:
+def _require_symbolic(sizes: Iterable[Any], what: str) -> None:
+    """A size that the compiler takes for a constant is wrong for the next batch."""
+    fixed = [str(size) for size in sizes if not size.node.expr.free_symbols]
+    assert not fixed, f"a size became a constant while {what}: {fixed}"
+
+
+def _symbols(environment: Any, avg_neighbors: float, width: int, device: torch.device) -> dict[str, Any]:
     """Return a symbol for each dimension whose size differs between batches.
 
-    A symbol comes with a size that the compiler takes for typical. It depends on the potential alone, so that what is
-    compiled again is the same. (0 and 1 would be taken for constants.)
+    A symbol comes with a size that the compiler takes for typical. It depends on the potential and the kind of device
+    alone, so that what is compiled again is the same. (0 and 1 would be taken for constants.)
     """
     from torch._dynamo.source import ConstantSource
     from torch.fx.experimental.symbolic_shapes import DimDynamic
 
     typical = {"systems": 11, "atoms": 211, "most atoms": 23, "most blocks": 2 + math.ceil(avg_neighbors / width)}
+    if device.type != "cpu":  # there a size is compared with others: one that equals a constant's would become it
+        typical["most blocks"] = 13
     typical["blocks"] = typical["atoms"] * math.ceil(avg_neighbors / width) + 1
     typical["pairs"] = typical["atoms"] * math.ceil(avg_neighbors / 2) + 1
     symbols = {}

@@ -121,6 +121,9 @@ def _run_as_rank(recipe: Recipe, run: Path, resume: bool, ranks: distributed.Ran
                 log.say(line)
         if trainee.compiled is not None:
             log.say(trainee.compiled.summary())
+        if recipe.start_from and saved is None:  # where it starts is a candidate for the best, too
+            evaluated.load_state_dict(sharding.whole(module, ema.weights))
+            _keep_best(run, validator(evaluated), state, evaluated, recipe, log, ranks)
         watch = LossWatch(recipe.train.spike_factor)
         ended = "stopped_early" if _out_of_patience(state, recipe) else "finished"
         while state.step < recipe.train.steps and ended == "finished":

@@ -167,3 +167,14 @@ def test_training_on_neighbor_lists_made_on_the_gpu(
         done = run_mffm("train", str(recipe), f"run={tmp_path / where}", f"data.neighbors={where}")
         assert done.returncode == 0, done.stderr
     assert losses(tmp_path / "device") == pytest.approx(losses(tmp_path / "cpu"), rel=1e-3)
+
+
+def test_compiled_training_on_molecules_of_many_sizes(
+    make_recipe: Callable[..., Path], run_mffm: Callable, tmp_path: Path
+) -> None:
+    """A size that the compiler takes for a constant shows at the second batch."""
+    recipe = make_recipe()
+    for name, change in (("plain", "false"), ("compiled", "true")):
+        done = run_mffm("train", str(recipe), f"run={tmp_path / name}", f"train.compile={change}")
+        assert done.returncode == 0, done.stderr
+    assert losses(tmp_path / "compiled") == pytest.approx(losses(tmp_path / "plain"), rel=1e-2)
