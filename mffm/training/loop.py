@@ -115,14 +115,13 @@ def _run_as_rank(recipe: Recipe, run: Path, resume: bool, ranks: distributed.Ran
             log.say(preflight.summary(checks))
         if recipe.fine_tune is not None:
             log.say(modes.summary(module, recipe))
-        if setup.start is not None:
-            evaluated.load_state_dict(merged(sharding.whole(module, ema.weights)))
-            for line in forgetting.begin(run, setup, evaluated, ranks):
-                log.say(line)
         if trainee.compiled is not None:
             log.say(trainee.compiled.summary())
         if recipe.start_from and saved is None:  # where it starts is a candidate for the best, too
-            evaluated.load_state_dict(sharding.whole(module, ema.weights))
+            evaluated.load_state_dict(merged(sharding.whole(module, ema.weights)))
+            if setup.start is not None:
+                for line in forgetting.begin(run, setup, evaluated, ranks):
+                    log.say(line)
             _keep_best(run, validator(evaluated), state, evaluated, recipe, log, ranks)
         watch = LossWatch(recipe.train.spike_factor)
         ended = "stopped_early" if _out_of_patience(state, recipe) else "finished"
