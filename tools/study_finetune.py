@@ -82,7 +82,11 @@ class Study:
         return self.folder / "runs" / f"{name}-s{seed}"
 
     def pool(self, seed: int) -> dict[str, Any]:
-        return {"fidelity": self.new, "properties": ["energy", "forces"], "max_frames": self.labels, "seed": seed}
+        own = self.properties(self.new)
+        return {"fidelity": self.new, "properties": own, "max_frames": self.labels, "seed": seed}
+
+    def properties(self, fidelity: str) -> list[str]:
+        return [p for p in ("energy", "forces") if self.store.label_counts("train").get(fidelity, {}).get(p)]
 
     def common(self, name: str, seed: int) -> dict[str, Any]:
         return {
@@ -142,11 +146,15 @@ def errors_of(study: Study, name: str, seed: int) -> dict[str, dict[str, float]]
         table = FidelityTable([study.store.fidelities[study.new]])
         (pool,) = build_pools(study.store, recipe.data.plan, table, recipe.model.backbone.cutoff)
         tried = {}
+        compositions = study.store.composition(pool.rows)
         for asked in loaded.fidelities.names:
+            if not loaded.spec.references.covers(asked, compositions).all():
+                continue
             refitted = refit_references(loaded, study.store, pool.rows, study.new, asked)
             found = parity.evaluate(loaded, study.store, "test", [study.new], asked, refitted)
             tried[asked] = {row["property"]: row["mae"] for row in found.rows()}
-        best = min(tried, key=lambda asked: tried[asked]["forces"])  # the most favourable for what is compared with
+        last = study.properties(study.new)[-1]
+        best = min(tried, key=lambda asked: tried[asked][last])  # the most favourable for what is compared with
         old = parity.evaluate(loaded, study.store, "test", [study.old])
         return {study.new: tried[best], study.old: {row["property"]: row["mae"] for row in old.rows()}}
     loaded = load(study.run(name, seed))
@@ -220,7 +228,7 @@ def report(study: Study, errors: dict[str, list[dict[str, dict[str, float]]]]) -
         cells = [titles[name]]
         for fidelity in (study.new, study.old):
             for prop in ("energy", "forces"):
-                values = [s[fidelity][prop] for s in seeds if fidelity in s]
+                values = [s[fidelity][prop] for s in seeds if prop in s.get(fidelity, {})]
                 cells.append(f"{np.mean(values):.1f} ± {np.std(values):.1f}" if values else "")
         ratios = [forgotten(errors, name, prop) for prop in ("energy", "forces")]
         cells.append(", ".join(f"{r:.2f}" for r in ratios if r is not None))
@@ -236,7 +244,7 @@ def forgotten(errors: dict[str, list[dict[str, dict[str, float]]]], name: str, p
         (after[old][prop], before[old][prop])
         for after, before in zip(errors[name], errors["refitted"], strict=True)
         for old in list(before)[1:]
-        if old in after
+        if prop in after.get(old, {})
     ]
     return float(np.mean([a for a, _ in pairs]) / np.mean([b for _, b in pairs])) if pairs else None
 
@@ -246,14 +254,15 @@ def claims(study: Study, errors: dict[str, list[dict[str, dict[str, float]]]]) -
     found = []
     for name in ("full", "replay_data"):
         for other in ("scratch", "refitted"):
-            for prop in ("energy", "forces"):
+            for prop in study.properties(study.new):
                 mine, theirs = (np.mean([s[study.new][prop] for s in errors[n]]) for n in (name, other))
                 text = f"{METHODS[name].title} beats {other}: {study.new} {prop}, {mine:.1f} against {theirs:.1f}"
                 found.append((text, bool(mine < theirs)))
     for name in ("replay_data", "replay_predictions", "lora_replay"):
         for prop in ("energy", "forces"):
             ratio = forgotten(errors, name, prop)
-            assert ratio is not None
+            if ratio is None:
+                continue
             text = f"{METHODS[name].title}: {study.old} {prop} within 10 %, {ratio:.2f} of before"
             found.append((text, ratio <= WITHIN))
     return found
@@ -300,7 +309,7 @@ def draw(study: Study, errors: dict[str, list[dict[str, dict[str, float]]]], pat
     panels = []
     for fidelity in (study.new, study.old):
         for prop, unit in (("energy", "meV/atom"), ("forces", "meV/Å")):
-            values = [[s[fidelity][prop] for s in errors[n] if fidelity in s] for n in names]
+            values = [[s[fidelity][prop] for s in errors[n] if prop in s.get(fidelity, {})] for n in names]
             panels.append((f"{fidelity} {prop}, {unit}", values))
     plots.points_by_name(path, names, panels)
 

@@ -154,20 +154,18 @@ def _replayed(recipe: Recipe, base: Loaded, store: Store) -> tuple[Recipe, Store
         folder = Path(recipe.run_folder) / predicted.FOLDER
         store = predicted.beside(base, store, old, folder, properties, section.replay_frames)
         known_pools = {p.fidelity for p in pools}
-        added = [
-            PoolConfig(fidelity=n, source=predicted.SOURCE, properties=_live(store, n, properties))
-            for n in old
-            if n not in known_pools
-        ]  # fmt: skip
+        live = {n: _live(store, n, properties) for n in old if n not in known_pools}
+        added = [PoolConfig(fidelity=n, source=predicted.SOURCE, properties=own) for n, own in live.items() if own]
     else:
         counts = store.label_counts("train")
-        for name in old:
-            if not counts.get(name):
-                raise InputError(
-                    f"fine_tune.replay: data: {store.path} has no training label of {name!r}, a fidelity of "
-                    f"{base.path}; add the labels with `mffm ingest`, or take replay: predictions"
-                )
-        added = [PoolConfig(fidelity=n, properties=list(counts[n]), max_frames=section.replay_frames) for n in old]
+        there = [n for n in old if counts.get(n)]
+        if not there:
+            raise InputError(
+                f"fine_tune.replay: data: {store.path} has no training label of {', '.join(old)}, fidelities of "
+                f"{base.path}; add labels with `mffm ingest`, or take replay: predictions"
+            )
+        most = section.replay_frames
+        added = [PoolConfig(fidelity=n, properties=list(counts[n]), max_frames=most) for n in there]
     if added:
         given = [p.weight for p in pools]
         if any(w is not None for w in given) and None in given:

@@ -49,6 +49,8 @@ def begin(run: Path, setup: "Setup", potential: Potential, ranks: distributed.Ra
         + (", labels predicted by the release" if pool["predicted"] else "")
         for pool in content["pools"]
     ]
+    if content["not_replayed"]:
+        lines.append(f"not replayed, as the store has nothing for them: {', '.join(content['not_replayed'])}")
     return [*lines, "step 0: the release's fidelities predict what it does"]
 
 
@@ -154,6 +156,7 @@ def facts(setup: "Setup") -> dict[str, Any]:
         "split_heads": start.split_heads,
         "elements": recipe.fine_tune.elements,
         "replay": recipe.fine_tune.replay,
+        "not_replayed": not_replayed(setup) if recipe.fine_tune.replay != "none" else [],
         "new": {
             name: {"parent": parent, "tried": start.candidates.get(name, {})}
             for name, parent in recipe.model.init_from.items()
@@ -167,6 +170,12 @@ def facts(setup: "Setup") -> dict[str, Any]:
             for pool in setup.plan.pools
         ],
     }  # fmt: skip
+
+
+def not_replayed(setup: "Setup") -> list[str]:
+    """Return the fidelities of the release that no pool trains."""
+    assert setup.recipe.fine_tune is not None
+    return [n for n in setup.recipe.fine_tune.fidelities if n not in setup.recipe.trained]
 
 
 def _splits(setup: "Setup") -> list[str]:
@@ -217,10 +226,11 @@ def markdown(content: dict[str, Any]) -> str:
     """Return the report for people."""
     trained = f"{content['n_trained']:,} numbers trained of a potential of {content['n_parameters']:,}"
     rank = f", rank {content['rank']}" if content["rank"] else ""
+    but = f", without {', '.join(content['not_replayed'])}" if content["not_replayed"] else ""
     lines = [
         f"# Fine-tuning of {Path(content['release']).name}",
         "",
-        f"Mode {content['mode']}{rank}: {trained}. Replay: {content['replay']}. Weights: {content['weights']}.",
+        f"Mode {content['mode']}{rank}: {trained}. Replay: {content['replay']}{but}. Weights: {content['weights']}.",
         "",
         "| pool | structures | labels | share of the draws | |",
         "|---|---|---|---|---|",

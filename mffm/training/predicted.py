@@ -31,10 +31,11 @@ def beside(
     """Return the store with a layer of predictions at these fidelities, written into the folder where it is not there.
 
     Structures are those of the training split whose elements the fidelity knows; ``most`` of them, chosen by a hash.
-    The store itself is not touched. Every rank calls this, rank 0 writes.
+    A fidelity that knows the elements of none has no labels. The store itself is not touched. Every rank calls this,
+    rank 0 writes.
 
     Raises:
-        InputError: a fidelity knows the elements of no structure.
+        InputError: no fidelity knows the elements of any structure.
     """
     made_from = {
         "weights_sha256": base.weights_sha256, "store": store.fingerprint, "fidelities": list(names),
@@ -79,13 +80,15 @@ def _write(
     for k, name in enumerate(names):
         covered = rows[base.spec.references.covers(name, compositions)]
         if not len(covered):
-            raise InputError(
-                f"fine_tune.replay: predictions: {base.path} knows at {name!r} only "
-                f"{' '.join(base.spec.references.elements(name)) or 'no element'}, and no training structure of "
-                f"{store.path} consists of these alone; take replay: data with labels of {name!r}, or none"
-            )
+            continue
         for row, own in _predictions(base, store, choose(store, covered, 0, most), name, properties):
             labels.setdefault(row, {}).update({(k, prop): value for prop, value in own.items()})
+    if not labels:
+        known_ones = "; ".join(f"{n}: {' '.join(base.spec.references.elements(n)) or 'none'}" for n in names)
+        raise InputError(
+            f"fine_tune.replay: predictions: no training structure of {store.path} consists of elements that "
+            f"{base.path} knows ({known_ones}); take replay: data, or none"
+        )
     order = sorted(labels)
 
     def after(key: bytes) -> Iterator[tuple[int, bytes]]:

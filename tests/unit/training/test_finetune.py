@@ -447,7 +447,7 @@ def test_a_fidelity_that_the_store_does_not_know_is_kept_and_its_drift_told(
 def test_markdown_of_an_empty_split_is_whole():
     content = {
         "release": "r", "mode": "full", "rank": None, "n_trained": 1, "n_parameters": 1, "replay": "none",
-        "weights": "best", "pools": [], "new": {}, "rows": [], "drift": [],
+        "weights": "best", "pools": [], "new": {}, "rows": [], "drift": [], "not_replayed": [],
     }  # fmt: skip
     assert "# Fine-tuning of r" in forgetting.markdown(content)
 
