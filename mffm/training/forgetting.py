@@ -107,6 +107,8 @@ def _drift(
 
     Collective. Structures with an element that the fidelity does not know are left out.
     """
+    if not names:
+        return []
     store, cutoff, device = setup.store, setup.recipe.model.backbone.cutoff, next(potential.parameters()).device
     before = setup.spec.build().to(device).eval().requires_grad_(False)
     before.load_state_dict(read_weights(_start(run)))

@@ -34,6 +34,7 @@ def on_two_ranks(*arguments: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_lora_at_zero_stages(tiny_release: Path, molecule_store: Path, tmp_path: Path):
     for stage in (0, 1, 3):
         path = tmp_path / f"{stage}.yaml"
