@@ -2,13 +2,14 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from mffm.config.base import Schema
 from mffm.config.model import ModelConfig
 from mffm.keys import FORCES, STRESS, Property
 
 NonNegative = Annotated[float, Field(ge=0)]
+Positive = Annotated[float, Field(gt=0)]
 Below1 = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -28,7 +29,20 @@ class PoolConfig(Schema):
     elements_first: bool = Field(
         False, description="max_frames takes frames that add an element before others: few labels know every element"
     )
-    weight: float | None = Field(None, gt=0, description="share of the draws; without it the temperature decides")
+    weight: Positive | dict[Annotated[int, Field(ge=0)], NonNegative] | None = Field(
+        None,
+        description="share of the draws, or step → share from that step on, the first at 0; without it the temperature "
+        "decides",
+    )
+
+    @field_validator("weight")
+    @classmethod
+    def _begins_at_0(cls, weight: Any) -> Any:
+        if isinstance(weight, dict) and 0 not in weight:
+            raise ValueError(
+                f"a share for step 0 is missing; given for {', '.join(map(str, sorted(weight))) or 'none'}"
+            )
+        return weight
 
 
 class PlanConfig(Schema):

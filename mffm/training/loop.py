@@ -239,7 +239,7 @@ def train_step(
     engine.train()
     for group in engine.optimizer.param_groups:
         group["lr"] = lr
-    divisors = setup.loss.divisors(plan.counts, setup.plan.expected_counts).to(engine.device)
+    divisors = setup.loss.divisors(plan.counts, setup.plan.expected_counts(plan.step)).to(engine.device)
     stage = engine.zero_optimization_stage()
     parts, norm = torch.zeros_like(divisors), 0.0
     for i, batch in enumerate(batches):
