@@ -168,11 +168,16 @@ def _replayed(recipe: Recipe, base: Loaded, store: Store) -> tuple[Recipe, Store
         added = [PoolConfig(fidelity=n, properties=list(counts[n]), max_frames=most) for n in there]
     if added:
         given = [p.weight for p in pools]
-        if any(w is not None for w in given) and None in given:
-            raise InputError("data.plan.pools: weight is given for some pools only; give it for all, or for none")
-        total = sum(w for w in given if w is not None) or float(len(pools))
+        weights = [float(w) for w in given if isinstance(w, int | float)]
+        if len(weights) not in (0, len(given)) or any(isinstance(w, dict) for w in given):
+            raise InputError(
+                "fine_tune.replay: data.plan.pools have weights for some pools only, or such that change with the "
+                "step: give one number for each or none, or pools of the old fidelities instead of replay"
+            )
+        weights = weights or [1.0] * len(pools)
         share = section.replay_share
-        pools = [p.model_copy(update={"weight": (1 - share) * (p.weight or 1.0) / total}) for p in pools]
+        own = [(1 - share) * w / sum(weights) for w in weights]
+        pools = [p.model_copy(update={"weight": w}) for p, w in zip(pools, own, strict=True)]
         pools += [p.model_copy(update={"weight": share / len(added)}) for p in added]
     plan = recipe.data.plan.model_copy(update={"pools": pools})
     return recipe.model_copy(update={"data": recipe.data.model_copy(update={"plan": plan})}), store

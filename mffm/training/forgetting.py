@@ -45,7 +45,7 @@ def begin(run: Path, setup: "Setup", potential: Potential, ranks: distributed.Ra
     if content["split_heads"]:
         lines.append("the release has one head for all fidelities: each has a copy of its own now")
     lines += [
-        f"pool {pool['name']}: {pool['frames']} structures, {100 * pool['share']:.0f} % of the draws"
+        f"pool {pool['name']}: {pool['frames']} structures, {_share(pool)} of the draws"
         + (", labels predicted by the release" if pool["predicted"] else "")
         for pool in content["pools"]
     ]
@@ -56,6 +56,11 @@ def begin(run: Path, setup: "Setup", potential: Potential, ranks: distributed.Ra
 
 def _start(run: Path) -> Path:
     return run / "weights" / "start.safetensors"
+
+
+def _share(pool: dict[str, Any]) -> str:
+    """Return a pool's part of the draws at first; those of a paired plan are of several pools together."""
+    return "a part" if pool["share"] is None else f"{100 * pool['share']:.0f} %"
 
 
 def _tried(entry: dict[str, Any]) -> str:
@@ -166,7 +171,7 @@ def facts(setup: "Setup") -> dict[str, Any]:
         "pools": [
             {
                 "name": pool.name, "fidelity": pool.fidelity, "frames": len(pool), "labels": pool.label_counts,
-                "share": setup.plan.shares.get(pool.name, float("nan")) if not recipe.data.plan.paired else 1.0,
+                "share": setup.plan.shares().get(pool.name),
                 "predicted": predicted.SOURCE in pool.name,
             }
             for pool in setup.plan.pools
@@ -240,7 +245,7 @@ def markdown(content: dict[str, Any]) -> str:
     for pool in content["pools"]:
         labels = ", ".join(f"{n:,} {prop}" for prop, n in pool["labels"].items())
         origin = "predicted by the release" if pool["predicted"] else ""
-        lines.append(f"| {pool['name']} | {pool['frames']:,} | {labels} | {100 * pool['share']:.0f} % | {origin} |")
+        lines.append(f"| {pool['name']} | {pool['frames']:,} | {labels} | {_share(pool)} | {origin} |")
     for name, entry in content["new"].items():
         how = "the nearest fidelity" if entry["tried"] else "as the recipe says"
         lines += ["", f"{name} starts from {entry['parent']}, {how}, with element references of its own."]
