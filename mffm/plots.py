@@ -366,3 +366,24 @@ def radar(path: Path, axes_names: Sequence[str], lines: Mapping[str, Sequence[fl
     figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=8)
     figure.savefig(path)
     plt.close(figure)
+
+
+def points_by_name(path: Path, names: Sequence[str], panels: Sequence[tuple[str, Sequence[Sequence[float]]]]) -> None:
+    """Draw values of named things, logarithmic, a panel for each (title, values of each name): a dot a value."""
+    plt = _pyplot()
+    from matplotlib.ticker import NullFormatter
+
+    figure, axes = plt.subplots(
+        1, len(panels), figsize=(1.5 + 2.6 * len(panels), 0.8 + 0.3 * len(names)), sharey=True, layout="constrained"
+    )
+    for axis, (title, values) in zip(np.atleast_1d(axes), panels, strict=True):
+        for i, own in enumerate(values):
+            axis.plot(own, [i] * len(own), "o", color=COLORS[0], alpha=0.7)
+        axis.set_xscale("log")
+        axis.xaxis.set_minor_formatter(NullFormatter())
+        axis.set_title(title, fontsize=9)
+        axis.grid(axis="x", alpha=0.3)
+        axis.set_yticks(range(len(names)), names)
+    np.atleast_1d(axes)[0].invert_yaxis()
+    figure.savefig(path)
+    plt.close(figure)
