@@ -15,6 +15,9 @@ from mffm.cli import (
     convert,
     data,
     evaluation,
+    export,
+    fidelity,
+    finetune,
     predict,
     properties,
     release,
@@ -38,6 +41,7 @@ COMMANDS = (  # in the order of ``mffm --help``
     data.verify,
     data.references,
     training.train,
+    finetune.finetune,
     training.resume,
     training.replay,
     evaluation.evaluate,
@@ -47,6 +51,7 @@ COMMANDS = (  # in the order of ``mffm --help``
     release.inspect,
     release.diff,
     predict.predict,
+    export.export,
     properties.relax,
     properties.md,
     properties.phonons,
@@ -57,6 +62,7 @@ COMMANDS = (  # in the order of ``mffm --help``
 )
 for command in COMMANDS:
     app.command()(command)
+app.add_typer(fidelity.app, name="fidelity")
 app.add_typer(study.app, name="study")
 app.add_typer(config.app, name="config")
 

