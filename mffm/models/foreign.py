@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from mffm.batch import Batch
 from mffm.config.foreign import SevennetConfig
+from mffm.edges import Edges
 from mffm.errors import InputError
 from mffm.models.density import Modulation
 
@@ -182,18 +183,22 @@ class SevennetBackbone(nn.Module):
             raise InputError(
                 "train.activation_checkpointing is for the density backbone; set it to false with sevennet"
             )
-        slots = batch.neighbor_mask.nonzero().flatten()
+        receivers, senders, vectors = batch.receivers, batch.neighbors, edge_vectors
+        if not isinstance(batch, Edges):
+            slots = batch.neighbor_mask.nonzero().flatten()
+            receivers, senders = receivers[slots], senders[slots]
+            vectors = edge_vectors.index_select(0, slots)
         types = self.type_of[batch.atomic_numbers].clamp(min=0)
         onehot = nn.functional.one_hot(types, len(self.config.elements)).to(edge_vectors.dtype)
         data: dict[str, Tensor] = {
             KEY.NODE_FEATURE: onehot,
             KEY.NODE_ATTR: onehot,
             KEY.ATOM_TYPE: types,
-            KEY.EDGE_IDX: torch.stack([batch.receivers[slots], batch.neighbors[slots]]),
-            KEY.EDGE_VEC: edge_vectors.index_select(0, slots),
+            KEY.EDGE_IDX: torch.stack([receivers, senders]),
+            KEY.EDGE_VEC: vectors,
         }
         for name, module in self.network.items():
-            data = module(data)
+            data = _convolved(module, data) if name.endswith("_convolution") else module(data)
             if name in self.place:
                 shift = _shift(modulations, self.place[name])
                 data[KEY.NODE_FEATURE] = self.site_of(name)(data[KEY.NODE_FEATURE], shift)
@@ -202,6 +207,16 @@ class SevennetBackbone(nn.Module):
     def features(self, batch: Batch, edge_vectors: Tensor, modulations: Mapping[str, Modulation]) -> list[Tensor]:
         """Return features by degree l ≤ 0, [1, n_atoms, n_features]."""
         return [self(batch, edge_vectors, modulations).unsqueeze(0)]
+
+
+def _convolved(convolution: Any, data: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Do what sevenn's convolution does; its own sum over neighbors fixes the number of atoms of a trace."""
+    receivers, senders = data[KEY.EDGE_IDX].unbind(0)
+    x = data[KEY.NODE_FEATURE]
+    weights = convolution.weight_nn(data[KEY.EDGE_EMBEDDING])
+    messages = convolution.convolution(x.index_select(0, senders), data[KEY.EDGE_ATTR], weights)
+    sums = x.new_zeros(x.shape[0], messages.shape[1]).index_add(0, receivers, messages)
+    return {**data, KEY.NODE_FEATURE: sums / convolution.denominator}
 
 
 def _shift(modulations: Mapping[str, Modulation], place: str) -> Tensor | None:
