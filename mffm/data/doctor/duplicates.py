@@ -149,8 +149,7 @@ def check_duplicates(frames: Frames, columns: Columns) -> list[Finding]:
             near.append(match)
     groups = union.groups()
     findings = _conflicts(frames, columns, groups, worst)
-    told = [rows for rows in groups if columns.n_atoms[rows[0]] > 1]
-    findings += _same(frames, columns, told)
+    findings += _same(frames, columns, groups)
     apart = [m for m in near if union.root(m.a) != union.root(m.b)]
     return findings + _near(frames, columns, apart) + _shared_ids(frames, columns)
 
@@ -168,9 +167,13 @@ def _same(frames: Frames, columns: Columns, groups: list[list[int]]) -> list[Fin
     leaks: dict[tuple[str, ...], list[list[int]]] = defaultdict(list)
     overlaps: dict[tuple[str, ...], list[list[int]]] = defaultdict(list)
     inside: dict[tuple[str, ...], list[list[int]]] = defaultdict(list)
+    atoms: dict[tuple[str, ...], int] = defaultdict(int)  # isolated ones belong into every set: told, not judged
     for rows in groups:
         splits = _names(rows, columns.split, columns.split_names)
         sources = _names(rows, columns.source, columns.source_names)
+        if columns.n_atoms[rows[0]] == 1:
+            atoms[tuple(sources)] += 1
+            continue
         if len(splits) > 1:
             leaks[tuple(splits)].append(rows)
         if len(sources) > 1:
@@ -188,7 +191,8 @@ def _same(frames: Frames, columns: Columns, groups: list[list[int]]) -> list[Fin
     for sources_of, found in overlaps.items():
         findings.append(
             Finding(
-                "overlap", "", f"{len(found)} structures are in {' and '.join(sources_of)}", "warning",
+                "overlap", "",
+                f"{len(found)} structures{_and_atoms(atoms[sources_of])} are in {' and '.join(sources_of)}", "warning",
                 _evidence(frames, found), "if one is for testing, take them out of the other; to train on both, ingest "
                 "them into one store, which merges what has the same order of atoms",
             )
@@ -202,6 +206,10 @@ def _same(frames: Frames, columns: Columns, groups: list[list[int]]) -> list[Fin
             )
         )  # fmt: skip
     return findings
+
+
+def _and_atoms(n: int) -> str:
+    return f" (and {n} isolated atom{'' if n == 1 else 's'})" if n else ""
 
 
 def _evidence(frames: Frames, groups: list[list[int]]) -> tuple[tuple[str, str], ...]:
