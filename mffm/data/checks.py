@@ -403,8 +403,10 @@ def _judge_forces(fidelity: str, pairs: np.ndarray) -> list[Finding]:
         f"(r² {r2:.2f})"
     )
     severity: Severity = "error" if r2 > CERTAIN else "warning"
-    readings = [f"energy in {u}" for u, v in _PER_EV.items() if 0.75 < abs(slope) / v < 1.33]
-    readings += [f"forces in {u}" for u, v in _FORCES_PER_EV.items() if 0.75 < abs(slope) * v < 1.33]
+    factors = [(f"energy in {u}", v) for u, v in _PER_EV.items()]
+    factors += [(f"forces in {u}", 1 / v) for u, v in _FORCES_PER_EV.items()]
+    off = {reading: abs(float(np.log(abs(slope) / v))) for reading, v in factors}
+    readings = sorted((reading for reading in off if off[reading] < 0.28), key=lambda reading: off[reading])
     if slope < 0:
         sign = "gradients given as forces (`negate: true`)"
         return [Finding("forces", fidelity, f"{evidence}: {' and '.join([sign, *readings[:1]])}", severity)]

@@ -39,7 +39,8 @@ def check_against(frames: Frames, columns: Columns, path: Path, progress: bool =
                 )
                 findings.append(
                     Finding(
-                        check, "", f"{len({m.b for m in chosen})} of {theirs.n} structures of {path} are {what} the data",
+                        check, "",
+                        f"{len({m.b for m in chosen})} of {theirs.n} structures of {path} are {what} the data",
                         "error" if check == "benchmark" else "warning", evidence,
                         "take them out before a training whose errors on that set are to be told",
                     )
@@ -78,7 +79,8 @@ def _prototypes(frames: Frames, columns: Columns, other: Frames, theirs: Columns
     return [
         Finding(
             "benchmark_prototype", "",
-            f"{len(hits)} crystals of {path} have composition and {how} of one in the data ({n_formula} its composition)",
+            f"{len(hits)} crystals of {path} have composition and {how} of one in the data "
+            f"({n_formula} its composition)",
             "warning", evidence, "the same compound, perhaps relaxed otherwise: leave its group out of the training",
         )
     ]  # fmt: skip

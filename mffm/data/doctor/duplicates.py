@@ -220,8 +220,8 @@ def _near(frames: Frames, columns: Columns, found: list[Match]) -> list[Finding]
     if not found:
         return []
     found.sort(key=lambda m: m.difference)
-    inside = [m for m in found if columns.split[m.a] == columns.split[m.b]]
-    crossing = [m for m in found if columns.split[m.a] != columns.split[m.b]]
+    crossing = [m for m in found if -1 < columns.split[m.a] != columns.split[m.b] > -1]
+    inside = [m for m in found if not -1 < columns.split[m.a] != columns.split[m.b] > -1]
     kinds: list[tuple[list[Match], str, Severity, str, str]] = [
         (crossing, "near_leak", "warning", "are nearly the same and in two splits", "split by group or trajectory"),
         (inside, "near_duplicates", "note", "are nearly the same", "steps of one trajectory: thin them out"),
@@ -342,7 +342,7 @@ def _contradiction(fidelity: str, a: Frame, b: Frame, apart: float) -> tuple[str
 
 
 def _shifts(frames: Frames, columns: Columns, found: list[_Conflict]) -> tuple[list[Finding], list[_Conflict]]:
-    """Take out conflicts that are one constant shift an atom between two sources: two levels of theory under one name."""
+    """Take out conflicts that are one shift an atom between two sources: two levels of theory under one name."""
     by_pair: dict[tuple[str, int, int], list[_Conflict]] = defaultdict(list)
     for c in found:
         sources = int(columns.source[c.a]), int(columns.source[c.b])

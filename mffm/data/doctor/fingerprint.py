@@ -9,7 +9,8 @@ differ and have equal tables exist (homometric ones), but are not known among th
 A planar or linear structure feels a displacement out of its plane in second order: 5e-4 Å in a distance of 1.4 Å may be
 0.04 Å out of plane.
 
-``features`` are 24 numbers whose largest difference never exceeds that of the tables, to find candidates by.
+``features`` are 24 numbers to find candidates by. Where no distance of two structures differs by more than d, neither
+do their features nor their tables.
 """
 
 import hashlib

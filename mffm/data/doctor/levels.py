@@ -158,8 +158,8 @@ def _against_bonds(
             f"molecules are bound by {share:.0%} more than their bonds explain (median of {len(excess)}), "
             f"{per_heavy:.2g} eV an atom other than hydrogen: the isolated atoms' energies are too high", "warning",
             evidence,
-            "an isolated atom in a wrong spin state (carbon, oxygen: triplet; nitrogen: quartet) does that: calculate it "
-            "again, or let the references be fitted",
+            "an isolated atom in a wrong spin state (carbon, oxygen: triplet; nitrogen: quartet) does that: calculate "
+            "it again, or let the references be fitted",
         )
     ]  # fmt: skip
 

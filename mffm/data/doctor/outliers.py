@@ -22,21 +22,24 @@ _CHUNK = 4096
 
 
 def residuals(columns: Columns, fidelity: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return rows [n] with an energy of a fidelity, single atoms aside, and their residuals [n] of the element fit, eV
-    per atom. The fit is made twice, the second time without the outliers of the first.
+    """Return rows [n] with an energy of a fidelity and their residuals [n] of the element fit, eV per atom.
+
+    Single atoms and energies of exactly 0 are left out. The fit is made twice, the second time without the outliers of
+    the first.
     """
-    rows = np.flatnonzero(np.isfinite(columns.energy[fidelity]) & (columns.n_atoms > 1))
+    energy = columns.energy[fidelity]
+    rows = np.flatnonzero(np.isfinite(energy) & (energy != 0) & (columns.n_atoms > 1))
     if len(rows) < 4:
         return rows[:0], np.zeros(0)
     fitted = rows[:: max(1, -(-len(rows) // FIT))]
-    counts, energies = columns.composition(fitted), columns.energy[fidelity, fitted]
+    counts, energies = columns.composition(fitted), energy[fitted]
     _, residual = element_fit(counts, energies)
     kept = ~far_from_fit(residual)[0]
     references, _ = element_fit(counts[kept], energies[kept])
     parts = []
     for start in range(0, len(rows), _CHUNK):
         chunk = rows[start : start + _CHUNK]
-        gap = columns.energy[fidelity, chunk] - columns.composition(chunk) @ references
+        gap = energy[chunk] - columns.composition(chunk) @ references
         parts.append(gap / columns.n_atoms[chunk])
     return rows, np.concatenate(parts)
 
@@ -103,8 +106,8 @@ def _net_force(frames: Frames, net: np.ndarray, fidelity: str) -> list[Finding]:
     return [
         Finding(
             "net_force", fidelity,
-            f"{len(rows)} of {int(has.sum())} frames have forces whose sum is beyond {1e3 * NET_FORCE:g} meV/Å an atom, "
-            f"{large} of them beyond {1e3 * LARGE_NET_FORCE:g}", "warning" if large else "note",
+            f"{len(rows)} of {int(has.sum())} frames have forces whose sum is beyond {1e3 * NET_FORCE:g} meV/Å an "
+            f"atom, {large} of them beyond {1e3 * LARGE_NET_FORCE:g}", "warning" if large else "note",
             _worst(frames, rows, net[rows], lambda i: f"|sum of forces| / atoms = {1e3 * net[rows[i]]:.4g} meV/Å"),
             "forces that are no gradient of an energy: loose convergence, a coarse grid, or constrained atoms whose "
             "forces were set to zero",

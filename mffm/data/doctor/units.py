@@ -71,8 +71,8 @@ def _compressed(frames: Frames, mean_stress: np.ndarray, fidelity: str) -> list[
     return [
         Finding(
             "stress_sign", fidelity,
-            f"{share:.0%} of {len(rows)} frames with a mean stress beyond {MANY_GPA:g} eV/Å³ (20 GPa) are under tension, "
-            "which solids do not hold", severity,
+            f"{share:.0%} of {len(rows)} frames with a mean stress beyond {MANY_GPA:g} eV/Å³ (20 GPa) are under "
+            "tension, which solids do not hold", severity,
             tuple((frames.place(int(r)), f"mean stress {mean_stress[r]:+.4g} eV/Å³") for r in order[:EXAMPLES]),
             "pressure given as stress: `negate: true`",
         )
