@@ -111,5 +111,6 @@ def prototype(frame: Frame) -> int:
     except ImportError:
         return -frame.n_atoms
     fractional = frame.positions @ np.linalg.inv(frame.cell)
-    found = spglib.get_spacegroup((frame.cell, fractional, frame.atomic_numbers), symprec=SYMPREC)
+    crystal = (frame.cell.tolist(), fractional.tolist(), frame.atomic_numbers.tolist())
+    found = spglib.get_spacegroup(crystal, symprec=SYMPREC)
     return int(found.split("(")[1].rstrip(")")) if found else -frame.n_atoms

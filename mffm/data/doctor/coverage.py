@@ -27,7 +27,7 @@ def coverage(columns: Columns) -> Coverage:
     for s, name in enumerate(columns.source_names):
         mine = columns.source == s
         for k, fidelity in enumerate(columns.fidelities):
-            counts = {p: int((np.isfinite(of[p][k]) & mine).sum()) for p in PROPERTIES}
+            counts: dict[str, int] = {p: int((np.isfinite(of[p][k]) & mine).sum()) for p in PROPERTIES}
             if any(counts.values()):
                 labels.setdefault(name, {})[fidelity] = counts
     frames = {name: int((columns.source == s).sum()) for s, name in enumerate(columns.source_names)}

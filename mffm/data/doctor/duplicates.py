@@ -140,7 +140,9 @@ def check_duplicates(frames: Frames, columns: Columns) -> list[Finding]:
     """Return what is there twice: duplicates, nearly the same, conflicts, overlaps of sources, leaks between splits,
     and shifts between two sources that label the same structures.
     """
-    union, near, worst = _Union(), [], {}
+    union = _Union()
+    near: list[Match] = []
+    worst: dict[int, float] = {}  # row → largest difference to one of its copies, Å
     for match in matches(frames, columns):
         if match.difference <= SAME:
             union.join(match.a, match.b)
@@ -247,9 +249,9 @@ def _shared_ids(frames: Frames, columns: Columns) -> list[Finding]:
         of_group[group].add(source)
         row_of.setdefault((group, source), row)
     shared: dict[tuple[int, ...], list[int]] = defaultdict(list)
-    for group, sources in of_group.items():
-        if len(sources) > 1:
-            shared[tuple(sorted(sources))].append(group)
+    for group, there in of_group.items():
+        if len(there) > 1:
+            shared[tuple(sorted(there))].append(group)
     findings = []
     for sources, groups in shared.items():
         names = [columns.source_names[s] for s in sources]
@@ -348,7 +350,8 @@ def _shifts(frames: Frames, columns: Columns, found: list[_Conflict]) -> tuple[l
         sources = int(columns.source[c.a]), int(columns.source[c.b])
         if sources[0] != sources[1] and np.isfinite(c.per_atom):
             by_pair[c.fidelity, min(sources), max(sources)].append(c)
-    findings, explained = [], set()
+    findings: list[Finding] = []
+    explained: set[int] = set()
     for (fidelity, a, b), conflicts in by_pair.items():
         shift = np.array([c.per_atom if columns.source[c.a] == a else -c.per_atom for c in conflicts])
         if len(shift) < _SHIFT_PAIRS or shift.std() > 0.25 * abs(shift.mean()):

@@ -147,15 +147,29 @@ def scan(frames: Frames, progress: bool = False, what: str = "doctor") -> Column
     plain = {name: np.array(column, np.int64) for name, column in numbers.items()}
     labels = np.array(values["labels"]).reshape(-1, n_fidelities, 5).transpose(2, 1, 0)
     return Columns(
-        list(sources.numbers), list(splits.numbers), list(groups.numbers), list(frames.fidelities),
-        plain["n_atoms"], plain["source"], plain["split"], plain["group"], plain["key"],
-        np.array(vectors, np.float32).reshape(-1, N_FEATURES),
-        np.array(values["closest"]), plain["n_alone"], np.array(values["neighbors"]), np.array(values["volume"]),
-        *labels,
+        source_names=list(sources.numbers),
+        split_names=list(splits.numbers),
+        group_names=list(groups.numbers),
+        fidelities=list(frames.fidelities),
+        n_atoms=plain["n_atoms"],
+        source=plain["source"],
+        split=plain["split"],
+        group=plain["group"],
+        key=plain["key"],
+        features=np.array(vectors, np.float32).reshape(-1, N_FEATURES),
+        closest=np.array(values["closest"]),
+        n_alone=plain["n_alone"],
+        neighbors=np.array(values["neighbors"]),
+        volume=np.array(values["volume"]),
+        energy=labels[0],
+        largest_force=labels[1],
+        net_force=labels[2],
+        mean_stress=labels[3],
+        largest_stress=labels[4],
         element_start=np.concatenate([[0], np.cumsum(plain["n_elements"])]),
         element=np.array(element, np.uint8),
         element_count=np.array(element_count, np.int64),
-    )  # fmt: skip
+    )
 
 
 def _told(frames: Frames, progress: bool, what: str) -> Iterator[tuple[int, Frame, str]]:

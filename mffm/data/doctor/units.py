@@ -8,7 +8,7 @@ from mffm.data.doctor.inputs import Frames
 from mffm.data.doctor.scan import Columns
 from mffm.data.packed import Packed
 from mffm.frame import Frame
-from mffm.keys import ENERGY, FORCES, STRESS
+from mffm.keys import ENERGY, FORCES, STRESS, Property
 
 _RUN = 40  # frames that follow each other in their file are often close in geometry
 _RUNS = 50
@@ -40,8 +40,8 @@ def check_units(frames: Frames, columns: Columns) -> list[Finding]:
 def pack(found: list[Frame], fidelity: str) -> Packed:
     """Return frames at one fidelity as packed arrays."""
 
-    def label(frame: Frame, prop: str, shape: tuple[int, ...]) -> np.ndarray:
-        value = frame.labels.get((fidelity, prop))  # type: ignore[call-overload]
+    def label(frame: Frame, prop: Property, shape: tuple[int, ...]) -> np.ndarray:
+        value = frame.labels.get((fidelity, prop))
         return np.zeros(shape) if value is None else np.asarray(value, np.float64).reshape(shape)
 
     has = np.array([[(fidelity, p) in f.labels for f in found] for p in (ENERGY, FORCES, STRESS)], bool)
