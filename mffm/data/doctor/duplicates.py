@@ -186,7 +186,7 @@ def _same(frames: Frames, columns: Columns, groups: list[list[int]]) -> list[Fin
     for splits_of, found in leaks.items():
         findings.append(
             Finding(
-                "leak", "", f"{len(found)} structures are in more than one split: {' and '.join(splits_of)}", "error",
+                "leak", "", f"{are(len(found))} in more than one split: {' and '.join(splits_of)}", "error",
                 _evidence(frames, found), "keep each in one split; an ingest does so for the same order of atoms",
             )
         )  # fmt: skip
@@ -194,7 +194,7 @@ def _same(frames: Frames, columns: Columns, groups: list[list[int]]) -> list[Fin
         findings.append(
             Finding(
                 "overlap", "",
-                f"{len(found)} structures{_and_atoms(atoms[sources_of])} are in {' and '.join(sources_of)}", "warning",
+                f"{are(len(found), _and_atoms(atoms[sources_of]))} in {' and '.join(sources_of)}", "warning",
                 _evidence(frames, found), "if one is for testing, take them out of the other; to train on both, ingest "
                 "them into one store, which merges what has the same order of atoms",
             )
@@ -203,11 +203,16 @@ def _same(frames: Frames, columns: Columns, groups: list[list[int]]) -> list[Fin
         extra = sum(len(rows) - 1 for rows in found)
         findings.append(
             Finding(
-                "duplicates", "", f"{name}: {len(found)} structures are there more than once, {extra} frames too many",
+                "duplicates", "", f"{name}: {are(len(found))} there more than once, {extra} frames too many",
                 "note", _evidence(frames, found), "an ingest merges those with the same order of atoms",
             )
         )  # fmt: skip
     return findings
+
+
+def are(n: int, aside: str = "") -> str:
+    """Return "1 structure is" or "2 structures are", with a remark after the noun."""
+    return f"{n} structure{aside} is" if n == 1 else f"{n} structures{aside} are"
 
 
 def _and_atoms(n: int) -> str:

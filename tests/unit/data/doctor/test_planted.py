@@ -25,7 +25,7 @@ def test_duplicate_that_was_turned(found, molecules, turned):
 
 def test_many_copies_are_one_group(diagnose, molecules, turned):
     (finding,) = diagnose([*molecules, *[turned(molecules[7])] * 30]).findings
-    assert "1 structures are there more than once, 30 frames too many" in finding.message
+    assert "1 structure is there more than once, 30 frames too many" in finding.message
 
 
 def test_crystal_in_a_larger_cell(found, crystals):
