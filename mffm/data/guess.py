@@ -20,7 +20,7 @@ LOOKED_AT = 512  # frames; labels that begin later are not found, and have to be
 # What an energy key's name has, and what makes it another quantity.
 ENERGY_NAME = re.compile(r"energy|toten|^e_?tot|^e$|^e[_-]|[_-]e$", re.IGNORECASE)
 NO_TOTAL_ENERGY = re.compile(
-    r"per_?atom|/atom|kinetic|formation|atomi[sz]ation|cohesive|hull|interaction|binding|error|weight|std|sigma|var"
+    r"per_?atom|/atom|isolated|kinetic|formation|atomi[sz]ation|cohesive|hull|interaction|binding|error|weight|std|sigma|var"
     r"|correction|zpe|gap|homo|lumo|disp",
     re.IGNORECASE,
 )

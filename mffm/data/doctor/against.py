@@ -27,7 +27,8 @@ def check_against(frames: Frames, columns: Columns, path: Path, progress: bool =
         theirs = scan(other, progress, path.name)
         if not theirs.n:
             raise InputError(f"--against {path}: no structure in it can be read")
-        found = [m for m in matches_between(frames, columns, other, theirs) if columns.n_atoms[m.a] > 1]
+        isolated = columns.isolated
+        found = [m for m in matches_between(frames, columns, other, theirs) if not isolated[m.a]]
         same, near = [m for m in found if m.difference <= SAME], [m for m in found if m.difference > SAME]
         exact = {m.b for m in same}
         near = [m for m in near if m.b not in exact]

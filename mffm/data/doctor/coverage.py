@@ -68,7 +68,7 @@ def _partial(frames: Frames, columns: Columns, fidelity: str) -> list[Finding]:
         FORCES: np.isfinite(columns.largest_force[k]),
         STRESS: np.isfinite(columns.mean_stress[k]),
     }
-    of_fidelity = np.logical_or.reduce(list(has.values())) & (columns.n_atoms > 1)
+    of_fidelity = np.logical_or.reduce(list(has.values())) & ~columns.isolated
     total = int(of_fidelity.sum())
     findings = []
     for prop, there in has.items():

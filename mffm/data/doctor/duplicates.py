@@ -169,11 +169,12 @@ def _same(frames: Frames, columns: Columns, groups: list[list[int]]) -> list[Fin
     leaks: dict[tuple[str, ...], list[list[int]]] = defaultdict(list)
     overlaps: dict[tuple[str, ...], list[list[int]]] = defaultdict(list)
     inside: dict[tuple[str, ...], list[list[int]]] = defaultdict(list)
-    atoms: dict[tuple[str, ...], int] = defaultdict(int)  # isolated ones belong into every set: told, not judged
+    isolated = columns.isolated  # they belong into every set: told, not judged
+    atoms: dict[tuple[str, ...], int] = defaultdict(int)
     for rows in groups:
         splits = _names(rows, columns.split, columns.split_names)
         sources = _names(rows, columns.source, columns.source_names)
-        if columns.n_atoms[rows[0]] == 1:
+        if isolated[rows[0]]:
             atoms[tuple(sources)] += 1
             continue
         if len(splits) > 1:

@@ -49,7 +49,7 @@ def check_levels(frames: Frames, columns: Columns) -> list[Finding]:
 def _sources(columns: Columns, k: int, fidelity: str) -> list[Finding]:
     """Fit the references on the larger of two sources and look at the other one's energies."""
     rows_of = {
-        s: np.flatnonzero((columns.source == s) & np.isfinite(columns.energy[k]) & (columns.n_atoms > 1))
+        s: np.flatnonzero((columns.source == s) & np.isfinite(columns.energy[k]) & ~columns.isolated)
         for s in range(len(columns.source_names))
     }
     known = sorted((s for s in rows_of if len(rows_of[s]) >= LEAST), key=lambda s: -len(rows_of[s]))
@@ -94,12 +94,12 @@ def _isolated(frames: Frames, columns: Columns, k: int, fidelity: str) -> list[F
     """Compare structures with the isolated atoms of the same fidelity: the binding energy must be one."""
     has = np.isfinite(columns.energy[k])
     atoms: dict[int, list[int]] = {}
-    for row in np.flatnonzero(has & (columns.n_atoms == 1) & (columns.neighbors == 0)).tolist():
+    for row in np.flatnonzero(has & columns.isolated).tolist():
         atoms.setdefault(int(columns.element[columns.element_start[row]]), []).append(row)
     if not atoms:
         return []
     lowest = {z: min(float(columns.energy[k, row]) for row in rows) for z, rows in atoms.items()}
-    rows = _thinned(np.flatnonzero(has & (columns.n_atoms > 1)))
+    rows = _thinned(np.flatnonzero(has & ~columns.isolated))
     if not len(rows):
         return []
     counts = columns.composition(rows)

@@ -28,7 +28,7 @@ def residuals(columns: Columns, fidelity: int) -> tuple[np.ndarray, np.ndarray]:
     the first.
     """
     energy = columns.energy[fidelity]
-    rows = np.flatnonzero(np.isfinite(energy) & (energy != 0) & (columns.n_atoms > 1))
+    rows = np.flatnonzero(np.isfinite(energy) & (energy != 0) & ~columns.isolated)
     if len(rows) < 4:
         return rows[:0], np.zeros(0)
     fitted = rows[:: max(1, -(-len(rows) // FIT))]
@@ -117,7 +117,7 @@ def _net_force(frames: Frames, net: np.ndarray, fidelity: str) -> list[Finding]:
 
 def _placeholders(frames: Frames, columns: Columns, k: int, fidelity: str) -> list[Finding]:
     """Report zeros that stand for a missing label: energy 0, or forces all 0 of a bent molecule."""
-    big = columns.n_atoms > 1
+    big = ~columns.isolated
     energy = np.flatnonzero((columns.energy[k] == 0) & big)
     forces = np.flatnonzero((columns.largest_force[k] == 0) & (columns.n_atoms > 2) & (columns.volume == 0))
     findings = []

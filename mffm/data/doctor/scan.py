@@ -65,6 +65,11 @@ class Columns:
     def n(self) -> int:
         return len(self.n_atoms)
 
+    @property
+    def isolated(self) -> np.ndarray:
+        """[n] bool: which frames are a single atom without an image within 6 Å."""
+        return (self.n_atoms == 1) & np.isinf(self.closest)
+
     def composition(self, rows: np.ndarray) -> np.ndarray:
         """Return element counts, float64 [len(rows), N_ELEMENTS + 1], column = atomic number."""
         counts = np.zeros((len(rows), N_ELEMENTS + 1))

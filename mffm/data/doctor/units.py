@@ -5,6 +5,7 @@ import numpy as np
 from mffm.data.checks import SAMPLE, Finding, Severity, check_derivatives, check_sample
 from mffm.data.doctor.duplicates import EXAMPLES
 from mffm.data.doctor.inputs import Frames
+from mffm.data.doctor.outliers import LARGE_STRESS
 from mffm.data.doctor.scan import Columns
 from mffm.data.packed import Packed
 from mffm.frame import Frame
@@ -22,7 +23,7 @@ def check_units(frames: Frames, columns: Columns) -> list[Finding]:
     """Return what speaks for a wrong unit or sign, of every fidelity."""
     findings = []
     for k, fidelity in enumerate(columns.fidelities):
-        has = np.isfinite(columns.energy[k]) & (columns.n_atoms > 1)
+        has = np.isfinite(columns.energy[k]) & ~columns.isolated
         rows = np.flatnonzero(has)
         if len(rows) >= 4:
             sample = rows[:: max(1, len(rows) // SAMPLE)][:SAMPLE]
@@ -32,8 +33,11 @@ def check_units(frames: Frames, columns: Columns) -> list[Finding]:
             runs = np.unique((starts[:, None] + np.arange(_RUN)).ravel())
             runs = runs[runs < columns.n]
             findings += check_derivatives(fidelity, pack([frames.frame(row) for row in runs[has[runs]]], fidelity))
-        if not any(f.check == "stress_sign" and f.fidelity == fidelity for f in findings):
+        known = {f.check for f in findings if f.fidelity == fidelity}
+        if "stress_sign" not in known:
             findings += _compressed(frames, columns.mean_stress[k], fidelity)
+        if "stress_unit" not in known:
+            findings += _too_large(columns.largest_stress[k], fidelity)
     return findings
 
 
@@ -75,5 +79,20 @@ def _compressed(frames: Frames, mean_stress: np.ndarray, fidelity: str) -> list[
             "tension, which solids do not hold", severity,
             tuple((frames.place(int(r)), f"mean stress {mean_stress[r]:+.4g} eV/Å³") for r in order[:EXAMPLES]),
             "pressure given as stress: `negate: true`",
+        )
+    ]  # fmt: skip
+
+
+def _too_large(largest_stress: np.ndarray, fidelity: str) -> list[Finding]:
+    """Report stresses most of which are beyond what any laboratory reaches: another unit."""
+    values = largest_stress[np.isfinite(largest_stress)]
+    if len(values) < _LEAST or float(np.median(values)) < LARGE_STRESS:
+        return []
+    return [
+        Finding(
+            "stress_unit", fidelity,
+            f"half of {len(values)} frames have a stress beyond {np.median(values):.3g} eV/Å³ "
+            f"({160.2 * np.median(values):.4g} GPa)", "warning",
+            remedy="stress in GPa or kbar read as eV/Å³: give its unit",
         )
     ]  # fmt: skip

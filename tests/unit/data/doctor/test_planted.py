@@ -173,6 +173,19 @@ def test_pressure_of_compressed_cells(found, structures):
     ignored = {"rare_elements"}
     assert set(found(frames)) <= ignored
     assert set(found([f | {"stress": -f["stress"]} for f in frames])) - ignored == {"stress_sign"}
+    in_kbar = found([f | {"stress": 1602.2 * f["stress"]} for f in frames])
+    assert set(in_kbar) - ignored == {"stress_unit", "large_stress"}
+
+
+def test_elements_in_cells_of_one_atom_are_crystals(diagnose, structures):
+    """They are duplicates like any other; a free atom in a box is not."""
+    copper = {"numbers": np.array([29]), "positions": np.zeros((1, 3)), "energy": -3.7}
+    copper["cell"] = np.array([[0, 1.8, 1.8], [1.8, 0, 1.8], [1.8, 1.8, 0]])
+    box = copper | {"cell": 12.0 * np.eye(3), "energy": -0.2}
+    moved = {"positions": np.array([[0.3, 0.2, 0.1]])}
+    findings = diagnose([copper, copper | moved, box, box | moved]).findings
+    assert [f.check for f in findings] == ["duplicates"]
+    assert "1 structure is there more than once, 1 frames too many" in findings[0].message
 
 
 def test_two_levels_under_one_name(diagnose, molecules):
