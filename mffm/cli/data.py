@@ -73,6 +73,7 @@ def doctor(
     energy: Annotated[str | None, typer.Option(help="key of the energy in plain files")] = None,
     forces: Annotated[str | None, typer.Option(help="key of the forces in plain files")] = None,
     stress: Annotated[str | None, typer.Option(help="key of the stress in plain files")] = None,
+    workers: Annotated[int, typer.Option(min=1, help="processes that read")] = 1,
     plots: Annotated[bool, typer.Option(help="draw histograms of energies, forces and structures")] = True,
 ) -> None:
     """Look for what misleads a training: duplicates, leaks, conflicts, outliers, wrong units and signs, mixed levels.
@@ -84,7 +85,7 @@ def doctor(
     named: dict[Property, str | None] = {"energy": energy, "forces": forces, "stress": stress}
     keys = {prop: key for prop, key in named.items() if key is not None}
     try:
-        diagnosis = examine(paths, against or (), keys, out, plots, progress=True)
+        diagnosis = examine(paths, against or (), keys, out, plots, workers, progress=True)
     except KeyboardInterrupt:
         print("interrupted; nothing was written", file=sys.stderr)
         raise typer.Exit(EXIT_KEYBOARD) from None

@@ -8,6 +8,7 @@ columns to findings.
 """
 
 from collections.abc import Mapping, Sequence
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 from ase.data import chemical_symbols
@@ -32,6 +33,7 @@ def examine(
     keys: Mapping[Property, str] | None = None,
     folder: Path | None = None,
     with_plots: bool = True,
+    workers: int = 1,
     progress: bool = False,
 ) -> Diagnosis:
     """Examine stores (folders), data YAMLs and files of structures together.
@@ -40,33 +42,39 @@ def examine(
         against: benchmark sets, each a store, data YAML or file, that no structure may be shared with.
         keys: property → key of plain files, where the guess is not to be trusted.
         folder: for doctor.md, doctor.json and plots; None writes nothing.
+        workers: processes that read; what is found does not depend on it.
 
     Raises:
         InputError: an input that cannot be read, or no frame in any of them.
     """
     with open_inputs(paths, keys) as frames:
-        columns = scan(frames, progress)
+        try:
+            columns = scan(frames, workers, progress)
+        except BrokenProcessPool as error:
+            raise InputError(
+                f"a worker process ended unexpectedly (out of memory?); run again with fewer than {workers} workers"
+            ) from error
         if not columns.n:
             reasons = [
                 reason for part in frames.parts for found in part.rejected.examples.values() for _, reason in found
             ]
             first = f"; the first is left out for: {reasons[0]}" if reasons else ""
             raise InputError(f"{', '.join(map(str, paths))}: no frame that can be examined{first}")
-        diagnosis = _diagnose(frames, columns, paths, against, progress)
+        diagnosis = _diagnose(frames, columns, paths, against, workers, progress)
         if folder is not None:
             write(diagnosis, columns, folder, with_plots)
         return diagnosis
 
 
 def _diagnose(
-    frames: Frames, columns: Columns, paths: Sequence[Path], against: Sequence[Path], progress: bool
+    frames: Frames, columns: Columns, paths: Sequence[Path], against: Sequence[Path], workers: int, progress: bool
 ) -> Diagnosis:  # fmt: skip
     counted = coverage(columns)
     findings: list[Finding] = check_coverage(frames, columns, counted)
     for check in (check_duplicates, check_outliers, check_units, check_levels):
         findings += check(frames, columns)
     for path in against:
-        findings += check_against(frames, columns, path, progress)
+        findings += check_against(frames, columns, path, workers, progress)
     return Diagnosis(
         [str(p) for p in paths],
         [str(p) for p in against],

@@ -17,14 +17,16 @@ from mffm.frame import Frame
 SYMPREC = 0.1  # Å, as Matbench Discovery's prototypes are looked for with 0.1
 
 
-def check_against(frames: Frames, columns: Columns, path: Path, progress: bool = False) -> list[Finding]:
+def check_against(
+    frames: Frames, columns: Columns, path: Path, workers: int = 1, progress: bool = False
+) -> list[Finding]:
     """Return which structures are also in the set at ``path``, a store, a data YAML or a file.
 
     Raises:
         InputError: the set cannot be read, or is empty.
     """
     with open_inputs([path]) as other:
-        theirs = scan(other, progress, path.name)
+        theirs = scan(other, workers, progress, path.name)
         if not theirs.n:
             raise InputError(f"--against {path}: no structure in it can be read")
         isolated = columns.isolated

@@ -4,6 +4,7 @@ Frames of files are written once to a scratch file in mffm's own records, so tha
 parsing its file and memory holds a few numbers a frame. A store is read in place.
 """
 
+import json
 import mmap
 import re
 import struct
@@ -12,9 +13,10 @@ from array import array
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from types import TracebackType
-from typing import Protocol
+from typing import NamedTuple
 
 import numpy as np
 
@@ -22,11 +24,14 @@ from mffm.config.base import load
 from mffm.config.data import DataConfig, LabelSpec, SourceSpec
 from mffm.data import records
 from mffm.data.checks import frame_fault
+from mffm.data.doctor.measure import Measured, measure
 from mffm.data.guess import ENERGY_NAME, NO_TOTAL_ENERGY, Keys, guess, level, read_keys
 from mffm.data.ingest import source_files
-from mffm.data.readers import RejectedFrame, read
+from mffm.data.readers import READERS, RejectedFrame, Wanted, reader_name, wanted
+from mffm.data.readers.chunk import CHUNK_FRAMES, Chunk
 from mffm.data.report import kind_of
 from mffm.data.store import Store
+from mffm.data.workers import Workers
 from mffm.errors import InputError
 from mffm.frame import Frame
 from mffm.keys import ENERGY, Property
@@ -55,29 +60,59 @@ class Rejected:
             shown.append((place, reason))
 
 
-class Part(Protocol):
-    """Some frames of one input; rows count from 0."""
+class Item(NamedTuple):
+    """A frame of a file, measured, and as it goes to the scratch file."""
 
-    n: int
-    fidelities: Sequence[str]
-    rejected: Rejected
-    notes: list[str]
+    measured: Measured
+    record: bytes  # length of the geometry's record, that record, the labels' record
+    charge: int | None
+    spin: int | None
 
-    def frames(self) -> Iterator[Frame]: ...
-    def frame(self, row: int) -> Frame: ...
-    def place(self, row: int) -> str: ...
-    def source(self, row: int) -> str: ...
+
+class Settings(NamedTuple):
+    """What a worker needs besides the chunk."""
+
+    reader: str
+    want: Wanted
+    fidelities: tuple[str, ...]
+    min_distance: float
+
+
+def of_file(chunk: Chunk, settings: Settings) -> list[Item | str]:
+    """Return the frames of a file's chunk, and the reasons of those that an ingest leaves out; runs in any process."""
+    number = {f: k for k, f in enumerate(settings.fidelities)}
+    items: list[Item | str] = []
+    for frame in READERS[settings.reader].parse(chunk, settings.want).frames:
+        fault = frame.reason if isinstance(frame, RejectedFrame) else frame_fault(frame, settings.min_distance)
+        if fault or isinstance(frame, RejectedFrame):
+            items.append(fault)
+            continue
+        geometry = records.pack_geometry(frame.atomic_numbers, frame.positions, frame.cell, frame.pbc, "")
+        labels = records.pack_labels({(number[f], p): v for (f, p), v in frame.labels.items()}, frame.n_atoms)
+        record = struct.pack("<q", len(geometry)) + geometry + labels
+        items.append(Item(measure(frame, settings.fidelities), record, frame.charge, frame.spin_multiplicity))
+    return items
+
+
+def of_store(chunk: Chunk, settings: None) -> list[Measured]:
+    """Return the rows of a store's chunk, measured; runs in any process."""
+    del settings
+    store = _store(chunk.path)
+    return [measure(store.frame(row), store.fidelities.names) for row in range(chunk.first, chunk.first + chunk.n)]
+
+
+@lru_cache(maxsize=4)
+def _store(path: str) -> Store:
+    return Store(path)
 
 
 class StorePart:
     """A store, read in place; what its ingest rejected is in its ``rejected.jsonl``."""
 
     def __init__(self, path: Path):
-        import json
-
         self.store = Store(path)
         self.n = self.store.n_frames
-        self.fidelities = self.store.fidelities.names
+        self.fidelities: Sequence[str] = self.store.fidelities.names
         self.rejected = Rejected()
         self.notes: list[str] = []
         listed = path / "rejected.jsonl"
@@ -87,9 +122,12 @@ class StorePart:
                     entry = json.loads(line)
                     self.rejected.add(f"{entry['file']}:{entry['index']}", entry["reason"])
 
-    def frames(self) -> Iterator[Frame]:
-        for row in range(self.n):
-            yield self.frame(row)
+    def measured(self, workers: int) -> Iterator[Measured]:
+        starts = range(0, self.n, CHUNK_FRAMES)
+        chunks = (Chunk(str(self.store.path), s, min(CHUNK_FRAMES, self.n - s), 0, None) for s in starts)
+        with Workers(workers, of_store) as run:
+            for _, found in run(chunks, None):
+                yield from found
 
     def frame(self, row: int) -> Frame:
         return self.store.frame(row)
@@ -102,16 +140,16 @@ class StorePart:
 
 
 class FilePart:
-    """One file of a source. ``frames`` reads it, once; after that ``frame`` takes frames from the scratch file."""
+    """One file of a source. ``measured`` reads it, once; after that ``frame`` takes frames from the scratch file."""
 
     def __init__(self, path: Path, spec: SourceSpec, split_key: str | None, min_distance: float, name: str):
-        self.path, self.spec, self.split_key, self.min_distance = path, spec, split_key, min_distance
-        self.name = name
+        self.path, self.spec, self.name = path, spec, name
         self.n = 0
-        self.fidelities = list(spec.labels)
+        self.fidelities: Sequence[str] = list(spec.labels)
         self.rejected = Rejected()
         self.notes: list[str] = []
-        self._number = {f: k for k, f in enumerate(self.fidelities)}
+        want = wanted(spec, split_key)
+        self._settings = Settings(reader_name(path, spec.reader), want, tuple(self.fidelities), min_distance)
         self._spool = tempfile.TemporaryFile(prefix="mffm-doctor-")  # noqa: SIM115 (closed with the part)
         self._start, self._index = array("q"), array("q")
         self._about: list[tuple[str, str, int | None, int | None]] = []  # group, split, charge, spin
@@ -122,27 +160,24 @@ class FilePart:
             self._map.close()
         self._spool.close()
 
-    def frames(self) -> Iterator[Frame]:
+    def measured(self, workers: int) -> Iterator[Measured]:
         at = 0
         known: dict[tuple[str, str, int | None, int | None], tuple[str, str, int | None, int | None]] = {}
-        for index, frame in enumerate(read(self.path, self.spec, self.split_key)):
-            if isinstance(frame, RejectedFrame):
-                self.rejected.add(frame.origin, frame.reason)
-                continue
-            fault = frame_fault(frame, self.min_distance)
-            if fault:
-                self.rejected.add(f"{self.path}:{index}", fault)
-                continue
-            record = records.pack_geometry(frame.atomic_numbers, frame.positions, frame.cell, frame.pbc, "")
-            labels = records.pack_labels({(self._number[f], p): v for (f, p), v in frame.labels.items()}, frame.n_atoms)
-            self._spool.write(struct.pack("<q", len(record)) + record + labels)
-            self._start.append(at)
-            self._index.append(index)
-            at += 8 + len(record) + len(labels)
-            about = (frame.group, frame.split, frame.charge, frame.spin_multiplicity)
-            self._about.append(known.setdefault(about, about))
-            self.n += 1
-            yield frame
+        chunks = READERS[self._settings.reader].chunks(self.path, self._settings.want, 0, 0)
+        with Workers(workers, of_file) as run:
+            for chunk, items in run(chunks, self._settings):
+                for index, item in enumerate(items, chunk.first):
+                    if isinstance(item, str):
+                        self.rejected.add(f"{self.path}:{index}", item)
+                        continue
+                    self._spool.write(item.record)
+                    self._start.append(at)
+                    self._index.append(index)
+                    at += len(item.record)
+                    about = (item.measured.group, item.measured.split, item.charge, item.spin)
+                    self._about.append(known.setdefault(about, about))
+                    self.n += 1
+                    yield item.measured
         self._start.append(at)
         self._spool.flush()
 
@@ -163,6 +198,7 @@ class FilePart:
         return f"{self.path}:{self._index[row]}"
 
     def source(self, row: int) -> str:
+        del row
         return self.name
 
 
@@ -189,13 +225,18 @@ class Frames:
     def n(self) -> int:
         return sum(part.n for part in self.parts)
 
-    def __iter__(self) -> Iterator[tuple[int, Frame, str]]:
-        """Yield (row, frame, source); to be done once, before a frame is asked for by its row."""
+    def measured(self, workers: int = 1) -> Iterator[tuple[int, Measured, str, list[int]]]:
+        """Yield (row, numbers, source, indices of its labels' fidelities); once, before a frame is asked for by row.
+
+        Args:
+            workers: processes that read and measure.
+        """
         row = 0
         self._ends = []
         for part in self.parts:
-            for local, frame in enumerate(part.frames()):
-                yield row, frame, part.source(local)
+            places = [self.fidelities.index(f) for f in part.fidelities]
+            for local, found in enumerate(part.measured(workers)):
+                yield row, found, part.source(local), places
                 row += 1
             self._ends.append(row)
 

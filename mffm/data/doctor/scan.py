@@ -8,17 +8,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from ase.data import covalent_radii
 
-from mffm.data.doctor.fingerprint import N_FEATURES, composition_key, features, pairs
+from mffm.data.doctor.fingerprint import N_FEATURES
 from mffm.data.doctor.inputs import Frames
-from mffm.frame import Frame
-from mffm.keys import N_ELEMENTS, PROPERTIES
-
-_RADII = np.where(np.isfinite(covalent_radii), covalent_radii, 1.5)
-_RADII = np.concatenate([_RADII, np.full(max(0, N_ELEMENTS + 1 - len(_RADII)), 1.5)])
-SIGHT = 6.0  # Å: an atom without another one within it is alone to a potential of that cutoff
-NEIGHBORS_WITHIN = 5.0  # Å, of the neighbor counts
+from mffm.data.doctor.measure import N_OF_LABELS, Measured
+from mffm.keys import N_ELEMENTS
 
 
 @dataclass
@@ -89,38 +83,11 @@ class _Names:
         return self.numbers.setdefault(name, len(self.numbers)) if name else -1
 
 
-def _about_pairs(frame: Frame) -> tuple[np.ndarray, float, int, float]:
-    """Return features, closest pair over its covalent radii, atoms that are alone, mean number of neighbors."""
-    found = pairs(frame)
-    n = frame.n_atoms
-    if not len(found.distance):
-        return features(frame, found), np.inf, n if n > 1 else 0, 0.0
-    z = frame.atomic_numbers
-    ratio = found.distance / (_RADII[z[found.receiver]] + _RADII[z[found.sender]])
-    seen = np.zeros(n, bool)
-    seen[found.receiver[found.distance < SIGHT]] = True
-    near = int((found.distance < NEIGHBORS_WITHIN).sum())
-    return features(frame, found), float(ratio.min()), int(n - seen.sum()) if n > 1 else 0, near / n
-
-
-def _about_labels(frame: Frame, fidelity: str) -> tuple[float, float, float, float, float]:
-    """Return energy, largest force, net force an atom, mean and largest stress; NaN where there is no label."""
-    energy, forces, stress = (frame.labels.get((fidelity, p)) for p in PROPERTIES)
-    nan = float("nan")
-    largest = net = mean = component = nan
-    if forces is not None:
-        f = forces.astype(np.float64)
-        largest = float(np.sqrt((f * f).sum(1).max(initial=0.0)))
-        net = float(np.linalg.norm(f.sum(0))) / frame.n_atoms
-    if stress is not None:
-        mean, component = float(np.trace(stress)) / 3, float(np.abs(stress).max())
-    return nan if energy is None else float(energy), largest, net, mean, component
-
-
-def scan(frames: Frames, progress: bool = False, what: str = "doctor") -> Columns:
+def scan(frames: Frames, workers: int = 1, progress: bool = False, what: str = "doctor") -> Columns:
     """Read every frame once.
 
     Args:
+        workers: processes that read; the result does not depend on it.
         progress: tell now and then how far it is.
 
     Raises:
@@ -131,26 +98,25 @@ def scan(frames: Frames, progress: bool = False, what: str = "doctor") -> Column
     numbers = {name: array("q") for name in ("n_atoms", "source", "split", "group", "key", "n_alone", "n_elements")}
     values = {name: array("d") for name in ("closest", "neighbors", "volume", "labels")}
     vectors, element, element_count = array("f"), array("B"), array("l")
-    for row, frame, source in _told(frames, progress, what):
+    for row, found, source, places in _told(frames, workers, progress, what):
         del row
-        vector, closest, n_alone, neighbors = _about_pairs(frame)
-        vectors.extend(vector.tolist())
-        kinds, counts = np.unique(frame.atomic_numbers, return_counts=True)
-        element.extend(kinds.tolist())
-        element_count.extend(counts.tolist())
+        vectors.frombytes(found.features.tobytes())
+        element.extend(found.elements.tolist())
+        element_count.extend(found.counts.tolist())
         for name, number in (
-            ("n_atoms", frame.n_atoms), ("source", sources.number(source)), ("split", splits.number(frame.split)),
-            ("group", groups.number(frame.group)), ("key", composition_key(frame)), ("n_alone", n_alone),
-            ("n_elements", len(kinds)),
+            ("n_atoms", found.n_atoms), ("source", sources.number(source)), ("split", splits.number(found.split)),
+            ("group", groups.number(found.group)), ("key", found.key), ("n_alone", found.n_alone),
+            ("n_elements", len(found.elements)),
         ):  # fmt: skip
             numbers[name].append(number)
-        values["closest"].append(closest)
-        values["neighbors"].append(neighbors)
-        values["volume"].append(frame.volume / frame.n_atoms if frame.pbc.all() else 0.0)
-        for fidelity in frames.fidelities:
-            values["labels"].extend(_about_labels(frame, fidelity))
+        values["closest"].append(found.closest)
+        values["neighbors"].append(found.neighbors)
+        values["volume"].append(found.volume)
+        labels = np.full((n_fidelities, N_OF_LABELS), np.nan)
+        labels[places] = found.labels
+        values["labels"].frombytes(labels.tobytes())
     plain = {name: np.array(column, np.int64) for name, column in numbers.items()}
-    labels = np.array(values["labels"]).reshape(-1, n_fidelities, 5).transpose(2, 1, 0)
+    columns = np.array(values["labels"]).reshape(-1, n_fidelities, N_OF_LABELS).transpose(2, 1, 0)
     return Columns(
         source_names=list(sources.numbers),
         split_names=list(splits.numbers),
@@ -166,21 +132,24 @@ def scan(frames: Frames, progress: bool = False, what: str = "doctor") -> Column
         n_alone=plain["n_alone"],
         neighbors=np.array(values["neighbors"]),
         volume=np.array(values["volume"]),
-        energy=labels[0],
-        largest_force=labels[1],
-        net_force=labels[2],
-        mean_stress=labels[3],
-        largest_stress=labels[4],
+        energy=columns[0],
+        largest_force=columns[1],
+        net_force=columns[2],
+        mean_stress=columns[3],
+        largest_stress=columns[4],
         element_start=np.concatenate([[0], np.cumsum(plain["n_elements"])]),
         element=np.array(element, np.uint8),
         element_count=np.array(element_count, np.int64),
     )
 
 
-def _told(frames: Frames, progress: bool, what: str) -> Iterator[tuple[int, Frame, str]]:
-    """Yield the frames; every ten seconds a line on stderr says how many there were, a bar on a terminal."""
+def _told(
+    frames: Frames, workers: int, progress: bool, what: str
+) -> Iterator[tuple[int, Measured, str, list[int]]]:  # fmt: skip
+    """Yield what the frames are measured to be; say now and then on stderr how many there were."""
+    found = frames.measured(workers)
     if not progress:
-        yield from frames
+        yield from found
         return
     from rich.console import Console
     from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
@@ -189,13 +158,13 @@ def _told(frames: Frames, progress: bool, what: str) -> Iterator[tuple[int, Fram
     if console.is_terminal:
         with Progress(SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), console=console) as bar:
             task: Any = bar.add_task(what)
-            for item in frames:
+            for item in found:
                 if item[0] % 100 == 99:
                     bar.update(task, description=f"{what}: {item[0] + 1:,} frames")
                 yield item
         return
     next_line = time.monotonic() + 10
-    for item in frames:
+    for item in found:
         if time.monotonic() > next_line:
             print(f"{what}: {item[0]:,} frames", file=sys.stderr, flush=True)
             next_line = time.monotonic() + 10

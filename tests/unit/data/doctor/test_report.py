@@ -9,6 +9,7 @@ import pytest
 
 from mffm.data.doctor import examine
 from mffm.data.doctor.inputs import open_inputs
+from mffm.data.ingest import ingest
 from mffm.errors import InputError
 
 
@@ -67,9 +68,10 @@ def test_levels_of_a_plain_file(write_frames, molecules):
     ]
     path = write_frames("two.extxyz", frames)
     with open_inputs([path]) as found:
-        rows = [frame for _, frame, _ in found]
+        assert len(list(found.measured())) == 60
         assert found.fidelities == ["ccsdt", "pbe"]
-    assert set(rows[0].labels) == {("ccsdt", "energy"), ("pbe", "energy"), ("pbe", "forces")}
+        first = found.frame(0)
+    assert set(first.labels) == {("ccsdt", "energy"), ("pbe", "energy"), ("pbe", "forces")}
     assert examine([path]).findings == []
     assert examine([path], keys={"energy": "energy_pbe"}).fidelities == ["pbe"]
     with pytest.raises(InputError, match=r"--energy total: no frame of .* has it"):
@@ -86,17 +88,26 @@ def test_frames_come_back_as_they_were(write_frames, molecules, crystals):
     """What a check asks for by its row is what the file had, charge, split and group too."""
     frames = [f | {"info": {"charge": -1, "split": "val", "mp_id": "mp-3"}} for f in crystals]
     with open_inputs([write_frames("a.extxyz", molecules), write_frames("b.extxyz", frames)]) as found:
-        streamed = [(frame, source) for _, frame, source in found]
+        sources = [source for _, _, source, _ in found.measured()]
         for row in (61, 3, 79, 60, 0):
-            again, (first, source) = found.frame(row), streamed[row]
-            assert source == ("a.extxyz" if row < 60 else "b.extxyz")
-            assert found.place(row).endswith(f"{source}:{row - 60 if row >= 60 else row}")
-            assert np.array_equal(again.positions, first.positions)
-            assert np.array_equal(again.cell, first.cell)
-            assert (again.charge, again.split, again.group) == (first.charge, first.split, first.group)
-            assert set(again.labels) == set(first.labels)
-            for key, value in again.labels.items():
-                assert np.allclose(value, first.labels[key], rtol=1e-6, atol=1e-9)
-        assert streamed[60][0].charge == -1
-        assert streamed[60][0].split == "val"
-        assert streamed[60][0].group == "mp-3"
+            again, given = found.frame(row), molecules[row] if row < 60 else crystals[row - 60]
+            assert sources[row] == ("a.extxyz" if row < 60 else "b.extxyz")
+            assert found.place(row).endswith(f"{sources[row]}:{row % 60}")
+            assert np.allclose(again.positions, given["positions"], atol=1e-9)
+            assert np.allclose(again.cell, given.get("cell", 0), atol=1e-9)
+            assert again.atomic_numbers.tolist() == given["numbers"].tolist()
+            for (_, prop), value in again.labels.items():
+                assert np.allclose(value, given[prop], rtol=1e-6, atol=1e-8)
+            about = (again.charge, again.split, again.group)
+            assert about == ((None, "", "") if row < 60 else (-1, "val", "mp-3"))
+
+
+def test_workers_find_the_same(write_frames, molecules, turned, data_config, tmp_path):
+    """Of a file and of a store, in which order the processes finish."""
+    frames = [*molecules * 6, turned(molecules[4]) | {"energy": -1100.0}, molecules[5] | {"energy": "nan"}]
+    path = write_frames("data.extxyz", frames)
+    ingest(data_config(), tmp_path, progress=False)
+    for inputs in ([path], [tmp_path / "store"]):
+        alone, together = examine(inputs), examine(inputs, workers=2)
+        assert alone == together
+        assert alone.findings
