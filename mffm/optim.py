@@ -23,7 +23,7 @@ def make_optimizer(module: nn.Module, config: OptimConfig) -> torch.optim.Optimi
 
     The state of a parameter is in ``optimizer.state`` in all kinds, whole tensors besides the number of steps.
     """
-    named = list(module.named_parameters())
+    named = trained(module)
     matrices = by_matrix(module, config)
     betas = config.betas or BETAS[config.kind]
     rest = [(name, p) for name, p in named if name not in matrices]
@@ -40,6 +40,11 @@ def make_optimizer(module: nn.Module, config: OptimConfig) -> torch.optim.Optimi
     if groups:
         parts.append(torch.optim.AdamW(groups, lr=config.lr, betas=betas, eps=config.eps, foreach=True))
     return parts[0] if len(parts) == 1 else Together(parts)
+
+
+def trained(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """Return the named parameters that an optimiser changes: those that are not frozen."""
+    return [(name, p) for name, p in module.named_parameters() if p.requires_grad]
 
 
 def decays(name: str, parameter: Tensor) -> bool:
@@ -62,9 +67,7 @@ def by_matrix(module: nn.Module, config: OptimConfig) -> set[str]:
         return set()
     embeddings = {id(m.weight) for m in module.modules() if isinstance(m, nn.Embedding)}
     return {
-        name
-        for name, p in module.named_parameters()
-        if decays(name, p) and id(p) not in embeddings and min(p.shape[-2:]) > 1
+        name for name, p in trained(module) if decays(name, p) and id(p) not in embeddings and min(p.shape[-2:]) > 1
     }
 
 
@@ -72,7 +75,7 @@ def state_shapes(module: nn.Module, config: OptimConfig) -> dict[str, tuple[int,
     """Return the shapes of the optimiser's whole state but for the number of steps, as <key>/<parameter>."""
     matrices = by_matrix(module, config)
     shapes: dict[str, tuple[int, ...]] = {}
-    for name, p in module.named_parameters():
+    for name, p in trained(module):
         shape = tuple(p.shape)
         shapes |= {f"{key}/{name}": shape for key in ("exp_avg", "exp_avg_sq")}
         for side, size in zip(("rows", "columns"), shape[-2:] if name in matrices else (), strict=False):

@@ -61,18 +61,19 @@ def parity(path: Path, panels: Sequence[Panel], heading: str = "") -> None:
     plt.close(figure)
 
 
-def calibration(path: Path, panels: Mapping[str, tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]]) -> None:
+def calibration(path: Path, panels: Mapping[str, tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, str]]) -> None:
     """Write one figure, a column for each title: errors against standard deviations above, coverage below.
 
     Args:
-        panels: title → standard deviations [n] and absolute errors [n], meV/atom; levels [m] and observed coverage [m].
+        panels: title → standard deviations [n] and absolute errors [n]; levels [m] and observed coverage [m]; the unit
+            of the first two.
     """
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     plt = _pyplot()
     size = (3.4 * len(panels), 6.2)
     figure, axes = plt.subplots(2, len(panels), figsize=size, squeeze=False, layout="constrained")
-    for (above, below), (title, (stds, errors, levels, observed)) in zip(axes.T, panels.items(), strict=True):
+    for (above, below), (title, (stds, errors, levels, observed, unit)) in zip(axes.T, panels.items(), strict=True):
         shown = np.maximum(errors, 1e-2 * stds.min())  # an exact zero has no place on a logarithmic axis
         above.scatter(stds, shown, s=5, alpha=0.5, linewidths=0, color=COLORS[0], rasterized=True)
         ends = np.array([stds.min(), stds.max()])
@@ -85,8 +86,8 @@ def calibration(path: Path, panels: Mapping[str, tuple[np.ndarray, np.ndarray, n
             scale.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
             scale.set_minor_formatter(NullFormatter())
         above.set_title(title, fontsize=9)
-        above.set_xlabel("standard deviation, meV/atom")
-        above.set_ylabel("absolute error, meV/atom")
+        above.set_xlabel(f"standard deviation, {unit}")
+        above.set_ylabel(f"absolute error, {unit}")
         above.legend(frameon=False, fontsize=8)
         below.plot([0, 1], [0, 1], color="black", linewidth=0.7)
         below.plot(levels, observed, color=COLORS[1], linewidth=1.6)
@@ -392,5 +393,26 @@ def radar(path: Path, axes_names: Sequence[str], lines: Mapping[str, Sequence[fl
     axis.set_yticks([0.25, 0.5, 0.75, 1.0])
     axis.tick_params(axis="y", labelsize=7, labelcolor=COLORS[5])
     figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=8)
+    figure.savefig(path)
+    plt.close(figure)
+
+
+def points_by_name(path: Path, names: Sequence[str], panels: Sequence[tuple[str, Sequence[Sequence[float]]]]) -> None:
+    """Draw values of named things, logarithmic, a panel for each (title, values of each name): a dot a value."""
+    plt = _pyplot()
+    from matplotlib.ticker import NullFormatter
+
+    figure, axes = plt.subplots(
+        1, len(panels), figsize=(1.5 + 2.6 * len(panels), 0.8 + 0.3 * len(names)), sharey=True, layout="constrained"
+    )
+    for axis, (title, values) in zip(np.atleast_1d(axes), panels, strict=True):
+        for i, own in enumerate(values):
+            axis.plot(own, [i] * len(own), "o", color=COLORS[0], alpha=0.7)
+        axis.set_xscale("log")
+        axis.xaxis.set_minor_formatter(NullFormatter())
+        axis.set_title(title, fontsize=9)
+        axis.grid(axis="x", alpha=0.3)
+        axis.set_yticks(range(len(names)), names)
+    np.atleast_1d(axes)[0].invert_yaxis()
     figure.savefig(path)
     plt.close(figure)

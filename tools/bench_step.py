@@ -75,7 +75,7 @@ def stepper(name: str, store: Path, n_edges: int, layers: int) -> tuple[Callable
         engine, watch = _engine(trainee, recipe, deepspeed_config(recipe, ranks, 1)), LossWatch(None)
         return lambda: train_step(engine, setup, plan, batches, ranks, 1e-4, watch) and None, setup, batches[0].n_edges
     optimizer = make_optimizer(setup.potential, recipe.optim)
-    divisors = setup.loss.divisors(plan.counts, setup.plan.expected_counts)
+    divisors = setup.loss.divisors(plan.counts, setup.plan.expected_counts(plan.step))
     trainee.train()
 
     def plain() -> None:

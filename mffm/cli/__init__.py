@@ -8,7 +8,21 @@ from typing import Annotated
 import typer
 
 from mffm import __version__
-from mffm.cli import benchmark, cluster, config, data, evaluation, predict, properties, release, study, training
+from mffm.cli import (
+    benchmark,
+    cluster,
+    config,
+    data,
+    evaluation,
+    export,
+    fidelity,
+    finetune,
+    predict,
+    properties,
+    release,
+    study,
+    training,
+)
 from mffm.cli.output import complain
 from mffm.errors import InputError, told
 
@@ -27,6 +41,7 @@ COMMANDS = (  # in the order of ``mffm --help``
     data.verify,
     data.references,
     training.train,
+    finetune.finetune,
     training.resume,
     training.replay,
     evaluation.evaluate,
@@ -35,6 +50,7 @@ COMMANDS = (  # in the order of ``mffm --help``
     release.inspect,
     release.diff,
     predict.predict,
+    export.export,
     properties.relax,
     properties.md,
     properties.phonons,
@@ -45,6 +61,7 @@ COMMANDS = (  # in the order of ``mffm --help``
 )
 for command in COMMANDS:
     app.command()(command)
+app.add_typer(fidelity.app, name="fidelity")
 app.add_typer(study.app, name="study")
 app.add_typer(config.app, name="config")
 

@@ -7,7 +7,7 @@ import typer
 from rich.table import Table
 
 from mffm.cli.output import console, say
-from mffm.errors import known
+from mffm.errors import InputError, known
 
 if TYPE_CHECKING:
     from mffm.evaluate.calibration import Calibration
@@ -24,8 +24,16 @@ def evaluate(
     output: Annotated[
         Path | None, typer.Option(help="folder for the JSON and the plot; the run's or release's own where not given")
     ] = None,
+    ensemble: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="another member: errors of the mean, and the spread as uncertainty; may be given several times"
+        ),
+    ] = None,
 ) -> None:
     """Measure errors per fidelity and property on a split; write JSON and a parity plot."""
+    if ensemble and output is None:
+        raise InputError("--ensemble: give --output too, a folder for what is the ensemble's")
     from mffm.data.store import Store
     from mffm.distributed import tune_allocator
     from mffm.evaluate import parity
@@ -36,9 +44,16 @@ def evaluate(
     loaded = load(potential, weights)
     path = store or Path(loaded.spec.provenance.get("recipe", {}).get("data", {}).get("store", ""))
     opened = Store(path)
-    result = parity.evaluate(loaded, opened, split, fidelity)
+    spread: dict[str, Calibration] = {}
+    others = [load(path, weights) for path in ensemble or []]
+    if others:
+        from mffm.evaluate import ensemble as together
+
+        result, spread = together.evaluate([loaded, *others], opened, split, fidelity)
+    else:
+        result = parity.evaluate(loaded, opened, split, fidelity)
     folder = output or (potential.parent if potential.is_file() else potential)
-    report, figure = parity.write(result, loaded, opened, folder)
+    report, figure = parity.write(result, loaded, opened, folder, others)
     console.print(_errors_table(f"{potential} on {split}", result.rows()))
     for name, count in result.unreferenced.items():
         console.print(
@@ -51,7 +66,13 @@ def evaluate(
     if not loaded.potential.is_conservative:
         console.print(NOT_CONSERVATIVE, highlight=False)
     console.print(f"{report}\n{figure}", highlight=False)
-    if loaded.contents is not None and loaded.contents.uncertainty:
+    if spread:
+        from mffm.evaluate import calibration
+
+        paths = calibration.write(spread, loaded, opened, split, folder)
+        _show_calibration(spread)
+        console.print(f"{paths[0]}\n{paths[1]}", highlight=False)
+    elif loaded.contents is not None and loaded.contents.uncertainty:
         from mffm.evaluate import calibration
 
         fitted = [name.removesuffix(".factor") for name in loaded.contents.uncertainty]
@@ -67,7 +88,7 @@ def evaluate(
 
 def _show_calibration(found: "dict[str, Calibration]") -> None:
     columns = ("fidelity", "MAE", "mean σ", "unit", "rms of error/σ", "inside 68 %", "inside 95 %", "rank correlation")
-    table = Table(*columns, title="uncertainty of energies")
+    table = Table(*columns, title="uncertainty")
     for name, one in found.items():
         row = one.row()
         rank = "" if row["rank_correlation"] is None else f"{row['rank_correlation']:.2f}"

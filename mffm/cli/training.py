@@ -44,7 +44,7 @@ def train(
     if preflight:
         _show_checks(faults.process(check))
     else:
-        _finish(faults.process(run))
+        finish(faults.process(run))
 
 
 def resume(run: Annotated[Path, typer.Argument(help="folder of the run")]) -> None:
@@ -56,7 +56,7 @@ def resume(run: Annotated[Path, typer.Argument(help="folder of the run")]) -> No
 
         return loop.resume(run)
 
-    _finish(faults.process(go_on))
+    finish(faults.process(go_on))
 
 
 def replay(
@@ -100,7 +100,8 @@ def _show_checks(checks: "list[Check]") -> None:
         raise typer.Exit(EXIT_INPUT)
 
 
-def _finish(outcome: "Outcome") -> NoReturn:
+def finish(outcome: "Outcome") -> NoReturn:
+    """Say how a run ended, and leave with its exit code."""
     from mffm.distributed import ranks_from_environment, stop
     from mffm.training.faults import leave
 

@@ -2,13 +2,14 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from mffm.config.base import Schema
 from mffm.config.model import ModelConfig
 from mffm.keys import FORCES, STRESS, Property
 
 NonNegative = Annotated[float, Field(ge=0)]
+Positive = Annotated[float, Field(gt=0)]
 Below1 = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -28,7 +29,20 @@ class PoolConfig(Schema):
     elements_first: bool = Field(
         False, description="max_frames takes frames that add an element before others: few labels know every element"
     )
-    weight: float | None = Field(None, gt=0, description="share of the draws; without it the temperature decides")
+    weight: Positive | dict[Annotated[int, Field(ge=0)], NonNegative] | None = Field(
+        None,
+        description="share of the draws, or step → share from that step on, the first at 0; without it the temperature "
+        "decides",
+    )
+
+    @field_validator("weight")
+    @classmethod
+    def _begins_at_0(cls, weight: Any) -> Any:
+        if isinstance(weight, dict) and 0 not in weight:
+            raise ValueError(
+                f"a share for step 0 is missing; given for {', '.join(map(str, sorted(weight))) or 'none'}"
+            )
+        return weight
 
 
 class PlanConfig(Schema):
@@ -249,6 +263,43 @@ class LogSection(Schema):
     tensorboard: bool = Field(False, description="also write event files to the folder tensorboard of the run")
 
 
+class FineTuneSection(Schema):
+    """How a run that starts from a release changes it; docs/finetune.md."""
+
+    mode: Literal["full", "lora", "frozen", "heads"] = Field(
+        "full",
+        description="what is trained. heads: what is the trained fidelities' own in heads and conditioning, so that "
+        "the others stay as they are; frozen: heads and conditioning, of all fidelities and shared; lora: these, and "
+        "low-rank updates of the backbone's matrices; full: everything",
+    )
+    rank: int = Field(8, ge=1, description="lora: of the updates")
+    replay: Literal["none", "data", "predictions"] = Field(
+        "none",
+        description="train the release's other fidelities too: on their labels in the store, or on what the release "
+        "predicts for the training structures",
+    )
+    replay_share: float = Field(0.5, gt=0, lt=1, description="replay: of the draws")
+    replay_frames: int | None = Field(
+        1000, ge=1, description="replay: structures of each of these fidelities, chosen by a hash; None: all"
+    )
+    elements: dict[str, str] = Field(
+        default_factory=dict,
+        description="element that the release does not know → one that it knows, whose embedding it starts from",
+    )
+    fidelities: list[str] = Field(
+        default_factory=list, description="of the release, in its order; filled in when the run starts"
+    )
+
+    @model_validator(mode="after")
+    def _checks(self) -> "FineTuneSection":
+        fields = type(self).model_fields
+        for key, wanted in (("rank", self.mode == "lora"), ("replay_share", self.replay != "none")):
+            if not wanted and getattr(self, key) != fields[key].default:
+                belongs = "mode: lora" if key == "rank" else "replay: data or predictions"
+                raise ValueError(f"{key}: {getattr(self, key)} is of {belongs}; leave it out")
+        return self
+
+
 class Recipe(Schema):
     """The YAML of one run."""
 
@@ -256,6 +307,11 @@ class Recipe(Schema):
     run: str | None = Field(None, description="folder of the run; None: runs/<name>")
     seed: int = 0
     start_from: str | None = Field(None, description="release or run whose weights the run starts from (fine-tuning)")
+    fine_tune: FineTuneSection | None = Field(
+        None,
+        description="with start_from: all fidelities of the release stay, new ones are added; without this section the "
+        "run has those of its pools alone",
+    )
     data: DataSection
     references: ReferencesConfig = ReferencesConfig()
     model: ModelConfig = ModelConfig()
@@ -267,11 +323,17 @@ class Recipe(Schema):
 
     @model_validator(mode="after")
     def _checks(self) -> "Recipe":
+        if self.fine_tune is not None and not self.start_from:
+            raise ValueError("fine_tune needs start_from, a release or a run: use `mffm finetune RELEASE RECIPE`")
+        if self.fine_tune is not None and self.model.forces == "direct":
+            raise ValueError(
+                "fine_tune is for conservative forces; a direct release becomes conservative by start_from alone"
+            )
         if self.model.init_from and not self.start_from:
             raise ValueError(
                 "model.init_from needs start_from; in a fresh run heads start alike by model.heads.init_from"
             )
-        if not self.references.refit and not self.model.init_from:
+        if not self.references.refit and not self.model.init_from and self.fine_tune is None:
             raise ValueError(
                 "references.refit: false is for a fidelity that starts from another one: give model.init_from, or "
                 "leave it out"
@@ -334,6 +396,12 @@ class Recipe(Schema):
 
     @property
     def fidelities(self) -> list[str]:
+        """Fidelities of the potential: those of a release that is fine-tuned, then the pools' by their first pool."""
+        kept = self.fine_tune.fidelities if self.fine_tune is not None else []
+        return list(dict.fromkeys([*kept, *self.trained]))
+
+    @property
+    def trained(self) -> list[str]:
         """Fidelities of the pools, in the order of their first pool."""
         return list(dict.fromkeys(pool.fidelity for pool in self.data.plan.pools))
 

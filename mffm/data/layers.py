@@ -146,6 +146,39 @@ def publish(
     records.write_json(store.path / "manifest.json", manifest)
 
 
+def write_beside(
+    store: Store,
+    folder: Path,
+    fidelities: FidelityTable,
+    source: dict[str, str],
+    after: Callable[[bytes], Iterator[tuple[int, bytes]]],
+    made_from: dict[str, Any],
+) -> None:
+    """Write a layer that is not the store's into a folder of its own, whole or not at all: ``Store(beside=folder)``.
+
+    Args:
+        source: name, licence and citation.
+        after: see ``write_layer``; indices of fidelities are those of ``fidelities``.
+        made_from: kept in beside.json, for whoever wants to know whether it is still the right one.
+    """
+    aside = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(aside, ignore_errors=True)
+    try:
+        aside.mkdir(parents=True)
+        write_layer(store, aside, source["name"], source["name"], fidelities.names, after)
+        records.write_json(
+            aside / "beside.json", {"fidelities": fidelities.to_list(), "source": source, "made_from": made_from}
+        )
+        aside.rename(folder)
+    except (OSError, lmdb.Error) as error:
+        explained = records.disk_error(error, folder)
+        if explained is None:
+            raise
+        raise explained from error
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
 class _Matcher:
     """Finds the row of each frame and gathers its labels in a working file beside the layer."""
 

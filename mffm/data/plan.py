@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import heapq
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -35,13 +35,19 @@ ATOM_COST = 9
 
 @dataclass(frozen=True)
 class Cursor:
-    """Where the plan stands before ``step``: (pass, position in the pass) of every stream."""
+    """Where the plan stands before ``step``: (pass, position in the pass) of every stream.
+
+    Attributes:
+        since: draws of every stream before the phase of the last step; empty in the first phase.
+    """
 
     step: int
     streams: tuple[tuple[int, int], ...]
+    since: tuple[int, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
-        return {"step": self.step, "streams": [list(s) for s in self.streams]}
+        content: dict[str, Any] = {"step": self.step, "streams": [list(s) for s in self.streams]}
+        return {**content, "since": list(self.since)} if self.since else content
 
     @classmethod
     def from_dict(cls, content: dict[str, Any]) -> Cursor:
@@ -52,7 +58,7 @@ class Cursor:
         """
         try:
             streams = tuple((int(p), int(q)) for p, q in content["streams"])
-            return cls(int(content["step"]), streams)
+            return cls(int(content["step"]), streams, tuple(int(n) for n in content.get("since", ())))
         except (KeyError, TypeError, ValueError) as error:
             raise InputError(
                 f"plan cursor {content!r}: expected step and a list of (pass, position); the checkpoint is damaged or "
@@ -124,14 +130,12 @@ class _Stream:
         name: seeds the order.
         members: (pool, [n_units] index into that pool) for every fidelity of a unit; None: unit k is the pool's k-th.
         n_atoms, n_edges: [n_units], sums over the members.
-        share: of the draws; the shares of all streams sum to 1.
     """
 
     name: str
     members: list[tuple[int, np.ndarray | None]]
     n_atoms: np.ndarray
     n_edges: np.ndarray
-    share: float = 0.0
     key: np.ndarray = field(init=False)
 
     def __len__(self) -> int:
@@ -143,12 +147,26 @@ class _Stream:
         return permute(places, len(self), mix(self.key + passes.astype(np.uint64)))
 
 
+@dataclass(frozen=True)
+class _Phase:
+    """Steps with the same shares.
+
+    Attributes:
+        start: its first step.
+        shares: of each stream in the draws; they sum to 1.
+        guess: about how many draws fill a step, generously.
+    """
+
+    start: int
+    shares: np.ndarray
+    guess: int
+
+
 class Plan:
     """What every step of a run reads.
 
     Attributes:
         pools: as given.
-        shares: share of each stream in the draws, by stream name.
         oversize: pool name → frames over a budget (left out under ``skip``, steps of their own under ``single``).
         fingerprint: sha256 of everything that the order depends on.
     """
@@ -169,12 +187,11 @@ class Plan:
             self._apply_oversize_policy(stream)
         self._streams = [stream for stream in self._streams if len(stream)]
         self._require_something()
-        self._set_shares()
-        self._share_array = np.array([stream.share for stream in self._streams])
+        self._phases = [_Phase(s, shares, self._expected_draws(shares)) for s, shares in self._shares_by_start()]
+        self._expected: dict[int, dict[tuple[int, Property], float]] = {}  # first step of a phase → counts
         for stream in self._streams:
             digest = hashlib.blake2b(f"{seed} {stream.name}".encode(), digest_size=8).digest()
             stream.key = np.frombuffer(digest, "<u8").astype(np.uint64)
-        self._guess = self._expected_draws()
 
     # Streams
 
@@ -220,9 +237,12 @@ class Plan:
         if self.config.atom_budget is None and not any(stream.n_edges.any() for stream in self._streams):
             raise InputError("data.plan: no frame has an edge within the cutoff; give atom_budget to limit a batch")
 
-    def _set_shares(self) -> None:
-        """Share of a pool: its weight, or size^(1/temperature). Of a paired stream: units × the largest rate per frame
-        among its pools, so that proportional mixing draws every frame equally often whatever labels it has."""
+    def _shares_by_start(self) -> list[tuple[int, np.ndarray]]:
+        """Return (first step, share of each stream) of every phase.
+
+        Share of a pool: its weight, or size^(1/temperature). Of a paired stream: units × the largest rate per frame
+        among its pools, so that proportional mixing draws every frame equally often whatever labels it has.
+        """
         sizes = np.zeros(len(self.pools))
         for stream in self._streams:
             for p, _ in stream.members:
@@ -235,20 +255,28 @@ class Plan:
                 f"data.plan.pools: weight is given for some pools and not for {', '.join(without)}; "
                 "give it for all, or for none and set data.plan.temperature"
             )
-        wanted = np.array(given) if given else sizes ** (1 / self.config.temperature)
-        rate = wanted / wanted.sum() / sizes
-        shares = np.array([len(s) * max(rate[p] for p, _ in s.members) for s in self._streams])
-        for stream, share in zip(self._streams, shares / shares.sum(), strict=True):
-            stream.share = float(share)
+        found = []
+        for start in sorted({0}.union(*(w for w in given if isinstance(w, Mapping)))):
+            wanted = (
+                np.array([_weight_at(w, start) for w in given]) if given else sizes ** (1 / self.config.temperature)
+            )
+            if not wanted.any():
+                raise InputError(f"data.plan.pools: no pool has a weight above 0 from step {start} on")
+            rate = wanted / wanted.sum() / sizes
+            shares = np.array([len(s) * max(rate[p] for p, _ in s.members) for s in self._streams])
+            found.append((start, shares / shares.sum()))
+        return found
 
-    def _expected_draws(self) -> int:
-        """Return about how many draws fill a step, generously."""
-        edges = sum(s.share * float(s.n_edges.mean()) for s in self._streams)
-        atoms = sum(s.share * float(s.n_atoms.mean()) for s in self._streams)
+    def _expected_draws(self, shares: np.ndarray) -> int:
+        edges = sum(share * float(s.n_edges.mean()) for share, s in zip(shares, self._streams, strict=True))
+        atoms = sum(share * float(s.n_atoms.mean()) for share, s in zip(shares, self._streams, strict=True))
         n = self.config.edge_budget / edges if edges > 0 else np.inf
         if self.config.atom_budget is not None:
             n = min(n, self.config.atom_budget / atoms)
         return int(1.1 * n + 3 * np.sqrt(n)) + 8
+
+    def _phase(self, step: int) -> _Phase:
+        return next(phase for phase in reversed(self._phases) if phase.start <= step)
 
     # Steps
 
@@ -274,9 +302,13 @@ class Plan:
                 "resume with the recipe of the checkpoint"
             )
         drawn = np.array([p * len(s) + q for (p, q), s in zip(cursor.streams, self._streams, strict=True)], np.int64)
-        n_draws = self._guess
+        phase = self._phase(cursor.step)
+        since = np.array(cursor.since or [0] * len(drawn), np.int64)
+        if phase.start and cursor.step == phase.start:
+            since = drawn
+        n_draws = phase.guess
         while True:
-            stream, unit, fits = self._sequence(drawn, n_draws)
+            stream, unit, fits = self._sequence(phase.shares, drawn, since, n_draws)
             if not fits.all():
                 break
             n_draws *= 2
@@ -285,13 +317,18 @@ class Plan:
         stream, unit = stream[:n_taken], unit[:n_taken]
         drawn = drawn + np.bincount(stream, minlength=len(self._streams))
         after = tuple(divmod(int(d), len(s)) for d, s in zip(drawn, self._streams, strict=True))
-        return self._systems(cursor.step, stream, unit), Cursor(cursor.step + 1, after)
+        before = tuple(since.tolist()) if phase.start else ()
+        return self._systems(cursor.step, stream, unit), Cursor(cursor.step + 1, after, before)
 
-    def _sequence(self, drawn: np.ndarray, n_draws: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def _sequence(
+        self, shares: np.ndarray, drawn: np.ndarray, since: np.ndarray, n_draws: int
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return stream and unit of about ``n_draws`` next draws, and whether each still fits the budgets."""
-        numbers = [d + np.arange(int(s.share * n_draws) + 2) for d, s in zip(drawn, self._streams, strict=True)]
-        times = [(number + 0.5) / s.share for number, s in zip(numbers, self._streams, strict=True)]
-        horizon = min(t[-1] for t in times)  # up to here no stream lacks a draw
+        numbers, times = [], []
+        for share, first, d in zip(shares.tolist(), since.tolist(), drawn.tolist(), strict=True):
+            numbers.append(d + np.arange(int(share * n_draws) + 2 if share else 0))
+            times.append((numbers[-1] - first + 0.5) / (share or 1.0))
+        horizon = min(t[-1] for t in times if len(t))  # up to here no stream lacks a draw
         lengths = [int(np.searchsorted(t, horizon, side="right")) for t in times]
         order = np.argsort(np.concatenate([t[:n] for t, n in zip(times, lengths, strict=True)]), kind="stable")
         units, edges, atoms = [], [], []
@@ -339,34 +376,37 @@ class Plan:
 
     # What a run wants to know beforehand
 
-    @property
-    def shares(self) -> dict[str, float]:
-        return {stream.name: stream.share for stream in self._streams}
+    def shares(self, step: int = 0) -> dict[str, float]:
+        """Return the share of each stream in the draws of a step, by stream name."""
+        return {s.name: float(share) for s, share in zip(self._streams, self._phase(step).shares, strict=True)}
 
-    @cached_property
-    def draws_per_step(self) -> float:
-        """Mean draws per step over the first steps of the run."""
-        cursor = self.start()
+    def draws_per_step(self, step: int = 0) -> float:
+        """Return the mean draws per step over the first steps of a step's phase."""
+        cursor = Cursor(self._phase(step).start, ((0, 0),) * len(self._streams))
         for _ in range(_STEPS_TO_MEASURE):
             _, cursor = self.step(cursor)
-        drawn = sum(p * len(s) + q for (p, q), s in zip(cursor.streams, self._streams, strict=True))
-        return drawn / _STEPS_TO_MEASURE
+        return sum(p * len(s) + q for (p, q), s in zip(cursor.streams, self._streams, strict=True)) / _STEPS_TO_MEASURE
 
-    @cached_property
-    def expected_counts(self) -> dict[tuple[int, Property], float]:
-        """Mean live label components per step: measured draws per step × the exact mean of a draw, so that a rare
-        fidelity's count is not a matter of luck."""
+    def expected_counts(self, step: int) -> dict[tuple[int, Property], float]:
+        """Return the mean live label components of a step in its phase: measured draws per step × the exact mean of a
+        draw, so that a rare fidelity's count is not a matter of luck."""
+        phase = self._phase(step)
+        if phase.start not in self._expected:
+            self._expected[phase.start] = self._counts_of(phase.shares * self.draws_per_step(step))
+        return self._expected[phase.start]
+
+    def _counts_of(self, draws: np.ndarray) -> dict[tuple[int, Property], float]:
+        """Return the mean live label components of so many draws of each stream."""
         counts: dict[tuple[int, Property], float] = {}
-        for stream in self._streams:
+        for n_draws, stream in zip(draws.tolist(), self._streams, strict=True):
             for p, index in stream.members:
                 pool = self.pools[p]
                 for prop in pool.properties:
                     on = (_of_units(pool.live, index) & bit(prop)) != 0
                     total = int(n_components(prop, _of_units(pool.n_atoms, index)[on].astype(np.int64)).sum())
-                    if total:
-                        per_draw = stream.share * total / len(stream)
+                    if total and n_draws:
                         key = (pool.fidelity_idx, prop)
-                        counts[key] = counts.get(key, 0.0) + per_draw * self.draws_per_step
+                        counts[key] = counts.get(key, 0.0) + n_draws * total / len(stream)
         return counts
 
     def passes(self, cursor: Cursor) -> dict[str, float]:
@@ -376,7 +416,7 @@ class Plan:
     @cached_property
     def fingerprint(self) -> str:
         """sha256 of what the order of the draws depends on; how a step is partitioned is not part of it."""
-        config = self.config
+        config, (first, *later) = self.config, self._phases
         digest = hashlib.sha256()
         settings = {
             "version": 1,
@@ -384,9 +424,11 @@ class Plan:
             "paired": config.paired,
             "edge_budget": config.edge_budget,
             "atom_budget": config.atom_budget,
-            "streams": [[s.name, s.share, len(s)] for s in self._streams],
+            "streams": [[s.name, share, len(s)] for s, share in zip(self._streams, first.shares.tolist(), strict=True)],
             "pools": [[p.name, p.fidelity, p.fidelity_idx, len(p), list(p.properties)] for p in self.pools],
         }
+        if later:
+            settings["phases"] = [[phase.start, phase.shares.tolist()] for phase in later]
         digest.update(json.dumps(settings, sort_keys=True).encode())
         for pool in self.pools:
             for column, dtype in ((pool.rows, "<i8"), (pool.n_atoms, "<i4"), (pool.n_edges, "<i4"), (pool.live, "u1")):
@@ -397,6 +439,10 @@ class Plan:
                 if index is not None:
                     digest.update(np.ascontiguousarray(index, dtype="<i8").data)
         return digest.hexdigest()
+
+
+def _weight_at(weight: float | Mapping[int, float], step: int) -> float:
+    return weight[max(s for s in weight if s <= step)] if isinstance(weight, Mapping) else weight
 
 
 def n_components(prop: Property, n_atoms: np.ndarray) -> np.ndarray:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -32,7 +32,7 @@ class Pool:
         n_atoms, n_edges: [n] int32.
         live: [n] uint8, bit p is set where the label ``PROPERTIES[p]`` exists and the recipe uses it.
         properties: labels that the recipe uses.
-        weight: share of the draws (relative), or None where the temperature decides.
+        weight: share of the draws (relative), or step → share from that step on, or None where the temperature decides.
         label_counts: property → frames of this pool with that label.
     """
 
@@ -44,7 +44,7 @@ class Pool:
     n_edges: np.ndarray
     live: np.ndarray
     properties: tuple[Property, ...]
-    weight: float | None = None
+    weight: float | Mapping[int, float] | None = None
     label_counts: dict[Property, int] = field(init=False)
 
     def __post_init__(self) -> None:

@@ -252,7 +252,8 @@ def _small(
 
 def _labelled(store: Store, fidelity: str, rows: np.ndarray) -> np.ndarray:
     rows = np.unique(np.asarray(rows, np.int64))
-    return rows[store.has(fidelity, ENERGY)[rows]]
+    # A fidelity of a release that is fine-tuned may have no labels in the store at all.
+    return rows[store.has(fidelity, ENERGY)[rows]] if fidelity in store.fidelities else rows[:0]
 
 
 def _compositions(store: Store, rows: np.ndarray) -> Iterator[np.ndarray]:

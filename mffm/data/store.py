@@ -31,7 +31,7 @@ from mffm.data import records
 from mffm.data.packed import Packed, read_packed
 from mffm.data.records import SCHEMA_VERSION, LabelLayout
 from mffm.errors import InputError, known
-from mffm.fidelity import FidelityTable
+from mffm.fidelity import Fidelity, FidelityTable
 from mffm.frame import Frame
 from mffm.keys import ENERGY, N_ELEMENTS, PROPERTIES, Property
 
@@ -158,21 +158,24 @@ class Store:
     Args:
         path: folder of the store.
         layers: names of the label layers to see, None for all; where two have the same label, the earlier one counts.
+        beside: folder of one more layer that is not the store's, before all others; ``write_beside`` made it. It is no
+            part of the fingerprint.
 
     Raises:
         InputError: no complete store there, an unknown schema version, an unknown layer, or a shard that was cut short.
     """
 
-    def __init__(self, path: str | Path, layers: Sequence[str] | None = None):
+    def __init__(self, path: str | Path, layers: Sequence[str] | None = None, beside: Path | None = None):
         self.path = Path(path)
         self._chosen = None if layers is None else tuple(layers)
+        self.beside = beside
         self._open()
 
-    def __getstate__(self) -> tuple[str, tuple[str, ...] | None]:
-        return str(self.path), self._chosen
+    def __getstate__(self) -> tuple[str, tuple[str, ...] | None, Path | None]:
+        return str(self.path), self._chosen, self.beside
 
-    def __setstate__(self, state: tuple[str, tuple[str, ...] | None]) -> None:
-        self.path, self._chosen = Path(state[0]), state[1]
+    def __setstate__(self, state: tuple[str, tuple[str, ...] | None, Path | None]) -> None:
+        self.path, self._chosen, self.beside = Path(state[0]), state[1], state[2]
         self._open()
 
     def _open(self) -> None:
@@ -196,6 +199,8 @@ class Store:
         self.fingerprint = combined_fingerprint(
             self.geometry_fingerprint, [(layer.name, layer.fingerprint) for layer in self.layers]
         )
+        if self.beside is not None:
+            self._open_beside(self.beside)
         self.layers_of = {f: [layer for layer in self.layers if f in layer.fidelities] for f in self.fidelities.names}
         self.geometry_shards = _Shards(self.path / "geometry", manifest["geometry"])
         self.geometry_shards.check_sizes()
@@ -213,6 +218,16 @@ class Store:
         starts = np.cumsum([0] + [entry["n_frames"] for entry in manifest["geometry"]])
         self._shard_starts = starts[:-1]
         self._groups: list[str] | None = None
+
+    def _open_beside(self, folder: Path) -> None:
+        layer, about = Layer(folder), _read_json(folder / "beside.json")
+        if about["source"]["name"] in self.source_names:
+            raise InputError(f"{self.path}: has a source {about['source']['name']!r}, as the layer {folder} beside it")
+        for row in about["fidelities"]:
+            if row["name"] not in self.fidelities:
+                self.fidelities = self.fidelities.appended(Fidelity(**row))
+        self.sources = [*self.sources, about["source"]]
+        self.layers.insert(0, layer)
 
     def __repr__(self) -> str:
         return f"Store({str(self.path)!r}, {self.n_frames} frames, layers {[layer.name for layer in self.layers]})"

@@ -10,6 +10,7 @@ from ase.calculators.calculator import Calculator as AseCalculator
 from ase.calculators.calculator import all_changes
 
 from mffm.deploy.at_fidelity import AtFidelity, charge_and_spin, geometry
+from mffm.deploy.ensemble import Ensemble
 from mffm.deploy.skin import SkinList
 from mffm.errors import InputError
 from mffm.release import Loaded
@@ -24,7 +25,8 @@ class Calculator(AseCalculator):
     them (``model.backbone.charge_and_spin``).
 
     Args:
-        release: folder of a release, or of a run.
+        release: folder of a release, or of a run. Several are an ensemble: results are the means, with ``energy_std``
+            (eV, of the total energy) and ``forces_std`` [n, 3] (eV/Å), the standard deviations of the members.
         fidelity: level of theory to predict; there is no default.
         dtype: "float32", or "float64" for phonons and tight relaxations.
         device: torch device.
@@ -32,14 +34,15 @@ class Calculator(AseCalculator):
         d3: DFT-D3 to add to a fidelity whose labels have none, with the keys of ``model.d3``: {"functional": "pbe"}.
         skin: Å; the neighbor list is kept until atoms have moved by about half of it. Results do not depend on it.
         uncertainty: with each result ``energy_std``, the last-layer standard deviation of the energy, eV, of a release
-            that has one (``mffm release --uncertainty``); costs a second forward without derivatives.
+            that has one (``mffm release --uncertainty``); costs a second forward without derivatives. Not of
+            an ensemble.
 
     Attributes:
         is_conservative: forces are minus the gradient of the energy; not so with direct heads, which a warning says.
 
     Raises:
-        InputError: unknown fidelity, dtype or device; on calculation: an element that the fidelity has no references
-            for, no atoms, a cell of no volume, coincident atoms.
+        InputError: unknown fidelity, dtype or device; several releases that are no ensemble; on calculation: an element
+            that the fidelity has no references for, no atoms, a cell of no volume, coincident atoms.
     """
 
     implemented_properties = [  # noqa: RUF012 - as ASE has it
@@ -49,11 +52,12 @@ class Calculator(AseCalculator):
         "stress",
         "energies",
         "energy_std",
+        "forces_std",
     ]
 
     def __init__(
         self,
-        release: str | Path | Loaded,
+        release: str | Path | Loaded | Sequence[str | Path | Loaded],
         fidelity: str,
         dtype: str = "float32",
         device: str | torch.device = "cpu",
@@ -66,7 +70,13 @@ class Calculator(AseCalculator):
         super().__init__(**kwargs)
         if not skin >= 0:
             raise InputError(f"skin {skin:g} Å: expected 0 or more")
-        self.at = AtFidelity(release, fidelity, dtype, device, weights, d3, uncertainty)
+        self.at: AtFidelity | Ensemble
+        if isinstance(release, str | Path | Loaded):
+            self.at = AtFidelity(release, fidelity, dtype, device, weights, d3, uncertainty)
+        elif uncertainty:
+            raise InputError("uncertainty: an ensemble has the spread of its members; leave uncertainty out")
+        else:
+            self.at = Ensemble(release, fidelity, dtype, device, weights, d3)
         self.is_conservative, self.fidelity = self.at.is_conservative, fidelity
         self.neighbors = SkinList(self.at.cutoff, skin)
 

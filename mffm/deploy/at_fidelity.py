@@ -64,6 +64,7 @@ class AtFidelity:
         self.dtype, self.device, self.fidelity = DTYPES[dtype], torch.device(device), fidelity
         loaded = release if isinstance(release, Loaded) else load(release, weights, device, self.dtype)
         self.spec, self.path, self.weights_sha256 = loaded.spec, loaded.path, loaded.weights_sha256
+        self.contents = loaded.contents
         self.is_conservative = loaded.potential.is_conservative
         if not self.is_conservative:
             warnings.warn(f"{loaded.path}: {NOT_CONSERVATIVE}", stacklevel=3)

@@ -12,7 +12,7 @@ from scipy.stats import spearmanr
 from mffm import plots
 from mffm.data.store import Store
 from mffm.errors import InputError, known
-from mffm.keys import ENERGY
+from mffm.keys import ENERGY, REPORT_UNITS
 from mffm.release import Loaded, uncertainty, write_json
 
 LEVELS = (0.5, 0.68, 0.9, 0.95)  # of a normal distribution
@@ -20,11 +20,18 @@ LEVELS = (0.5, 0.68, 0.9, 0.95)  # of a normal distribution
 
 @dataclass(frozen=True)
 class Calibration:
-    """Total energies of one fidelity: residuals [n] and standard deviations [n], eV; n_atoms [n]."""
+    """Total energies of one fidelity, or components of forces.
+
+    Attributes:
+        residuals, stds: [n] residuals and standard deviations, eV or eV/Å.
+        n_atoms: [n] what errors are given per; ones for forces.
+        unit: of errors and standard deviations in reports.
+    """
 
     residuals: np.ndarray
     stds: np.ndarray
     n_atoms: np.ndarray
+    unit: str = REPORT_UNITS[ENERGY][0]
 
     def coverage(self, levels: Sequence[float] | np.ndarray) -> np.ndarray:
         """Return the share of residuals inside of the central interval of each level; the level itself is ideal."""
@@ -39,7 +46,7 @@ class Calibration:
             "n_systems": len(z),
             "mae": float(np.mean(np.abs(self.residuals) / self.n_atoms)) * 1e3,
             "mean_std": float(np.mean(self.stds / self.n_atoms)) * 1e3,
-            "unit": "meV/atom",
+            "unit": self.unit,
             "rms_of_residual_over_std": float(np.sqrt(np.mean(np.square(z)))),
             "rank_correlation": None if np.isnan(rank) else float(rank),
             "negative_log_likelihood": uncertainty.negative_log_likelihood(self.residuals, self.stds),
@@ -87,6 +94,6 @@ def write(found: dict[str, Calibration], loaded: Loaded, store: Store, split: st
     panels = {}
     for name, one in found.items():
         errors, stds = (1e3 * values / one.n_atoms for values in (np.abs(one.residuals), one.stds))
-        panels[name] = (stds, errors, levels, one.coverage(levels))
+        panels[name] = (stds, errors, levels, one.coverage(levels), one.unit)
     plots.calibration(figure, panels)
     return report, figure

@@ -199,8 +199,14 @@ def evaluate(
     return result
 
 
-def write(evaluation: Evaluation, loaded: Loaded, store: Store, folder: Path) -> tuple[Path, Path]:
-    """Write ``evaluation-<split>.json`` and ``parity-<split>.png`` into a folder; return both paths."""
+def write(
+    evaluation: Evaluation, loaded: Loaded, store: Store, folder: Path, others: Sequence[Loaded] = ()
+) -> tuple[Path, Path]:
+    """Write ``evaluation-<split>.json`` and ``parity-<split>.png`` into a folder; return both paths.
+
+    Args:
+        others: of an ensemble's mean, the members besides ``loaded``.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     report = folder / f"evaluation-{evaluation.split}.json"
     figure = folder / f"parity-{evaluation.split}.png"
@@ -211,6 +217,7 @@ def write(evaluation: Evaluation, loaded: Loaded, store: Store, folder: Path) ->
             "potential": str(loaded.path),
             "weights": loaded.weights,
             "weights_sha256": loaded.weights_sha256,
+            **({"ensemble": [str(one.path) for one in (loaded, *others)]} if others else {}),
             "store": store.path.name,
             "store_fingerprint": store.fingerprint,
             "is_conservative": loaded.potential.is_conservative,

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mffm.batch import Batch
 from mffm.blocks import Blocks, pair_sums
+from mffm.edges import Edges
 from mffm.models.angular import Constant
 
 
@@ -94,6 +95,8 @@ def sum_over_received(x: Tensor, batch: Batch) -> Tensor:
     """
     if isinstance(batch, Blocks):
         return pair_sums(x, batch, 1)
+    if isinstance(batch, Edges):
+        return batch.atom_sums(x, batch.receivers)
     return _Sum.apply(x, batch)
 
 

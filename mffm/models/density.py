@@ -26,6 +26,7 @@ from torch.nn import functional as F
 from mffm.batch import Batch
 from mffm.blocks import Blocks
 from mffm.config.model import DensityConfig
+from mffm.edges import Edges
 from mffm.errors import InputError
 from mffm.keys import N_ELEMENTS
 from mffm.models.angular import Constant, coupling, natural_paths, spherical_harmonics
@@ -449,6 +450,8 @@ class DensityBackbone(nn.Module):
         else:
             basis = self.edge_basis(edge_vectors, elements.dtype, *trunk)
             for i, layer in enumerate(self.layers):
+                if i and isinstance(batch, Edges):
+                    h = batch.with_ghosts(h)
                 h = layer(h, basis, batch, modulations, str(i))
         return [modulated(h[0][0], modulations.get("output")).unsqueeze(0), *h[1:]]
 

@@ -16,8 +16,10 @@ from torch.autograd.function import once_differentiable
 
 from mffm.batch import Batch
 from mffm.blocks import Blocks
+from mffm.edges import Edges
 from mffm.models.block_density import block_density
 from mffm.models.contraction import sum_over_sent
+from mffm.models.edge_density import edge_density
 
 CHUNK_BYTES = 2 << 20  # of one degree's messages: they and their few companions stay in the cache
 
@@ -31,8 +33,10 @@ def density_sum(h: Tensor, radial: Tensor, harmonics: Tensor, batch: Batch) -> T
         h: [n_atoms, width], features of the senders; width = a × c with c running fastest.
         radial: [n_slots, lmax + 1, c].
         harmonics: [n_slots, (lmax + 1)^2].
-        batch: where it is blocks, radial and harmonics are [n_pairs, ...].
+        batch: where it is blocks, radial and harmonics are [n_pairs, ...]; where it is a plain list, [n_edges, ...].
     """
+    if isinstance(batch, Edges):
+        return edge_density(h, radial, harmonics, batch)
     if isinstance(batch, Blocks):
         return block_density(h, radial, harmonics, batch)
     return _Density.apply(h, radial, harmonics, batch)

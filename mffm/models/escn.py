@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from mffm.batch import Batch
 from mffm.config.model import EscnConfig
+from mffm.edges import Edges
 from mffm.errors import InputError, known
 from mffm.models.density import Modulation, modulated
 
@@ -48,7 +49,7 @@ class _Escn(eSCNMDBackbone):
         """Turn every edge frame by no angle about its edge; fairchem draws one at random, of which nothing depends but
         the rounding and the random numbers of everybody else."""
         return axis_angle_wigner_hybrid(
-            edge_distance_vecs, self.lmax, gamma=edge_distance_vecs.new_zeros(len(edge_distance_vecs)),
+            edge_distance_vecs, self.lmax, gamma=edge_distance_vecs.new_zeros(edge_distance_vecs.shape[0]),
             coeffs=self.wigner_data.coeffs, U_blocks=self.wigner_data.U_blocks,
             custom_kernels=self.wigner_data.custom_kernels,
         )  # fmt: skip
@@ -106,12 +107,17 @@ class EscnBackbone(nn.Module):
         """
         if self.recompute:
             raise InputError("train.activation_checkpointing is for the density backbone; set it to false with escn")
-        slots = batch.neighbor_mask.nonzero().flatten()
-        edges = torch.stack([batch.neighbors[slots], batch.receivers[slots]])
-        vectors = edge_vectors.index_select(0, slots)
-        if len(slots) == 0:  # eSCN needs an edge: one beyond the cutoff, of no effect
-            edges = batch.neighbors[:1].expand(2, 1)
-            vectors = edge_vectors[:1]
+        if isinstance(batch, Edges):  # and one more edge beyond the cutoff, of no effect: a tracer takes no branch
+            edges = torch.cat([torch.stack([batch.neighbors, batch.receivers]), batch.rows.expand(2, 1)], dim=1)
+            far = edge_vectors.new_tensor([[2 * self.cutoff, 0.0, 0.0]])
+            vectors = torch.cat([edge_vectors, far])
+        else:
+            slots = batch.neighbor_mask.nonzero().flatten()
+            edges = torch.stack([batch.neighbors[slots], batch.receivers[slots]])
+            vectors = edge_vectors.index_select(0, slots)
+            if len(slots) == 0:  # eSCN needs an edge: one beyond the cutoff, of no effect
+                edges = batch.neighbors[:1].expand(2, 1)
+                vectors = edge_vectors[:1]
         graph = {"edge_index": edges, "edge_distance_vec": vectors, "edge_distance": vectors.norm(dim=-1)}
         first = torch.cumsum(batch.n_atoms, 0) - batch.n_atoms
         pair = modulations.get(SYSTEM_SITE)

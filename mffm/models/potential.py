@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from mffm.batch import Batch
 from mffm.blocks import Blocks
 from mffm.config.model import ConditioningConfig, ModelConfig
+from mffm.edges import Edges
 from mffm.errors import InputError, known
 from mffm.models.contraction import sum_over_received, sum_over_sent
 from mffm.models.density import DensityBackbone
@@ -146,6 +147,23 @@ class Potential(nn.Module):
         volume = torch.where(has_volume, batch.volume, 1.0).to(virial)
         factor = (has_volume / volume).to(virial)
         return 0.5 * (virial + virial.transpose(1, 2)) * factor[:, None, None]
+
+    def edge_gradient(self, batch: Edges, counted: Tensor) -> tuple[Tensor, Tensor]:
+        """Return atom energies [n_atoms], eV, and dE/dr_ij [n_edges, 3], eV/Å, of E summed over some atoms.
+
+        Nothing is checked, so that the whole can be traced.
+
+        Args:
+            counted: [n_atoms] bool, whose energies E sums.
+        """
+        assert not any(term.own_derivatives for term in self.terms.values()), "no derivative by edges"
+        with torch.enable_grad():
+            vectors = batch.edge_vectors.detach().requires_grad_()
+            outputs: list[TermOutput] = [term(batch, vectors) for term in self.terms.values()]
+            atom_energies = sum((o.atom_energies for o in outputs[1:]), outputs[0].atom_energies)
+            total = torch.where(counted, atom_energies, 0.0).sum()
+            (gradient,) = torch.autograd.grad(total, vectors)
+        return atom_energies.detach(), gradient
 
     def check(self, batch: Batch) -> None:
         """Refuse what the potential was not made for; ``forward`` does it but for blocks, whose maker has done it.

@@ -9,6 +9,7 @@ from torch import Tensor
 from mffm.config.model import DensityConfig
 from mffm.errors import InputError, known
 from mffm.fidelity import FidelityTable
+from mffm.models.adapter import merged
 from mffm.models.potential import Potential
 from mffm.release import container, outputs
 from mffm.release.container import Contents
@@ -119,7 +120,8 @@ def _load_run(path: Path, weights: str) -> Loaded:
     if expected not in (None, found):
         raise InputError(f"{file}: damaged, its SHA-256 differs from the one written with it")
     spec = PotentialSpec.read(run / "potential")
-    return Loaded(spec, _built(spec, read_weights(file), str(file)), path, weights, found)
+    # A checkpoint of a fine-tuning may hold what was trained beside the frozen weights.
+    return Loaded(spec, _built(spec, merged(read_weights(file)), str(file)), path, weights, found)
 
 
 def _built(spec: PotentialSpec, state: dict[str, Tensor], place: str) -> Potential:

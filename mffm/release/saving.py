@@ -56,10 +56,26 @@ def save(
             split: {**report, "rows": [row for row in report["rows"] if row["fidelity"] == fidelity]}
             for split, report in metrics.items()
         }
+    return write(loaded, target, metrics, tensors, report)
+
+
+def write(
+    loaded: Loaded,
+    target: Path,
+    metrics: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    report: Mapping[str, Any],
+) -> Path:
+    """Write what is loaded as a release, with reference outputs and a card of its own.
+
+    Args:
+        metrics: split → report of an evaluation of these weights.
+        tensors, report: of the uncertainty; empty where it was not fitted.
+    """
     stored = outputs.compute(loaded.potential, loaded.spec)
-    documents = {**loaded.spec.documents(), "metrics.json": metrics, "outputs.json": stored.to_dict()}
+    documents = {**loaded.spec.documents(), "metrics.json": dict(metrics), "outputs.json": stored.to_dict()}
     if tensors:
-        documents["uncertainty.json"] = report
+        documents["uncertainty.json"] = dict(report)
     name = target.name.removesuffix(container.SINGLE_SUFFIX)
     text = card(name, target.name, loaded.spec, loaded.potential.n_parameters, metrics)
     return container.write(target, documents, loaded.potential.state_dict(), text, tensors)

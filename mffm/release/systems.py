@@ -31,13 +31,18 @@ def same_systems(loaded: Loaded, store: Store, batch: Batch, fidelity: str, aske
     return systems.with_fidelity(torch.full_like(systems.fidelity_idx, loaded.fidelities.index(asked)))
 
 
-def refit_references(loaded: Loaded, store: Store, rows: np.ndarray, fidelity: str, asked: str) -> np.ndarray:
+def refit_references(
+    loaded: Loaded, store: Store, rows: np.ndarray, fidelity: str, asked: str, fixed: np.ndarray | None = None
+) -> np.ndarray:
     """Fit references of one fidelity for a potential that predicts another: least squares on label − prediction.
 
     The strongest use of a potential of another level without training: what remains is what references cannot mend.
 
+    Args:
+        fixed: [N_ELEMENTS + 1] eV; elements that have a value here keep it.
+
     Returns:
-        [N_ELEMENTS + 1] float64, eV; NaN for elements that the rows lack.
+        [N_ELEMENTS + 1] float64, eV; NaN for elements that the rows lack and that are not fixed.
     """
     rows = np.sort(rows)
     energies: dict[int, float] = {}
@@ -48,7 +53,12 @@ def refit_references(loaded: Loaded, store: Store, rows: np.ndarray, fidelity: s
     present = np.flatnonzero(composition.sum(0) > 0)
     # From the asked fidelity's references on: what few labels leave undetermined stays as it was there.
     start = np.nan_to_num(loaded.spec.references.array([asked])[0])
+    free = present
+    if fixed is not None:
+        start = np.where(np.isnan(fixed), start, fixed)
+        free = present[np.isnan(fixed[present])]
     residual = store.energies(fidelity, rows) - np.array([energies[int(r)] for r in rows]) - composition @ start
-    references = np.full(N_ELEMENTS + 1, np.nan)
-    references[present] = start[present] + np.linalg.lstsq(composition[:, present], residual, rcond=None)[0]
+    references = np.full(N_ELEMENTS + 1, np.nan) if fixed is None else fixed.copy()
+    references[present] = start[present]
+    references[free] += np.linalg.lstsq(composition[:, free], residual, rcond=None)[0]
     return references

@@ -110,8 +110,11 @@ def fit(loaded: Loaded, store: Store) -> tuple[dict[str, Tensor], dict[str, Any]
             "the uncertainty needs that store, with the same label layers"
         )
     recipe = validate(Recipe, loaded.spec.provenance.get("recipe", {}), f"{loaded.path}: the recipe in provenance.json")
-    table = FidelityTable(store.fidelities[name] for name in recipe.fidelities)
-    pools = build_pools(store, recipe.data.plan, table, loaded.spec.model.backbone.cutoff)
+    # A fine-tuning may have had labels that its release predicted, and fidelities that its store does not know.
+    stored = [pool for pool in recipe.data.plan.pools if pool.source in (None, *store.source_names)]
+    table = FidelityTable(store.fidelities[name] for name in dict.fromkeys(pool.fidelity for pool in stored))
+    plan = recipe.data.plan.model_copy(update={"pools": stored})
+    pools = build_pools(store, plan, table, loaded.spec.model.backbone.cutoff)
     tensors: dict[str, Tensor] = {}
     report: dict[str, Any] = {}
     for name in loaded.fidelities.names:
@@ -119,7 +122,9 @@ def fit(loaded: Loaded, store: Store) -> tuple[dict[str, Tensor], dict[str, Any]
         trained = np.unique(
             np.concatenate([pool.rows for pool in own if ENERGY in pool.properties] or [np.zeros(0, int)])
         )
-        validation = store.rows(split=recipe.data.validation_split, fidelity=name, prop=ENERGY)
+        validation = trained[:0]
+        if name in store.fidelities:
+            validation = store.rows(split=recipe.data.validation_split, fidelity=name, prop=ENERGY)
         if not len(trained) or len(validation) < MIN_VALIDATION:
             report[name] = {"reason": f"{len(trained)} training and {len(validation)} validation labels of the energy"}
             continue

@@ -136,7 +136,7 @@ def one_process(setup: Setup, systems: list[System], clip: float, device: torch.
     trainee = Trainee(potential, setup.loss, setup.spec.reference_table(device)).train()
     optimizer = make_optimizer(potential, setup.recipe.optim)
     batch = packed(setup, systems).to(device)
-    divisors = setup.loss.divisors(step_plan(setup, systems).counts, setup.plan.expected_counts).to(device)
+    divisors = setup.loss.divisors(step_plan(setup, systems).counts, setup.plan.expected_counts(0)).to(device)
     gradients: dict[str, Tensor] = {}
     norms = []
     for _ in range(STEPS):

@@ -30,6 +30,7 @@ from mffm.blocks import DIMENSIONS, Blocks, to_blocks, width_for
 from mffm.errors import InputError
 from mffm.keys import ENERGY, FORCES, STRESS, Property
 from mffm.loss import Loss
+from mffm.models.adapter import merged
 from mffm.models.density import DegreeLinear
 from mffm.models.potential import Potential
 
@@ -55,7 +56,7 @@ class CompiledStep:
         self.seconds: float | None = None
         self.cached = False
         self._function: Callable[..., Any] | None = None
-        self._names = [name for name, _ in potential.named_parameters()]
+        self._names = list(merged(dict(potential.named_parameters())))
 
     def __call__(
         self, parameters: Sequence[Tensor], batch: Batch, reference: Tensor, divisors: Tensor
@@ -63,7 +64,7 @@ class CompiledStep:
         """Return what ``Loss`` returns; the loss is differentiable in the parameters.
 
         Args:
-            parameters: values of the potential's parameters, in its order.
+            parameters: values of the potential's parameters, in its order; merged, where it has an adapter.
             reference: [n_systems] float64, eV; see ``Loss``.
         """
         self.potential.check(batch)

@@ -23,9 +23,10 @@ from mffm.config.recipe import Recipe
 from mffm.data.loader import Loader
 from mffm.data.plan import Cursor, StepPlan
 from mffm.errors import InputError, known
+from mffm.models.adapter import merged
 from mffm.optim import MovingAverage, learning_rate, make_optimizer
 from mffm.release import PotentialSpec, code_version, write_json, write_text, write_weights
-from mffm.training import checkpoint, preflight, sharding
+from mffm.training import checkpoint, forgetting, modes, preflight, sharding
 from mffm.training.faults import Faults
 from mffm.training.log import RunLog, run_facts
 from mffm.training.quarantine import LossWatch, SickStepError, write_bundle
@@ -112,10 +113,15 @@ def _run_as_rank(recipe: Recipe, run: Path, resume: bool, ranks: distributed.Ran
             _say_resumed(log, *saved, ranks)
         if checks:
             log.say(preflight.summary(checks))
+        if recipe.fine_tune is not None:
+            log.say(modes.summary(module, recipe))
         if trainee.compiled is not None:
             log.say(trainee.compiled.summary())
         if recipe.start_from and saved is None:  # where it starts is a candidate for the best, too
-            evaluated.load_state_dict(sharding.whole(module, ema.weights))
+            evaluated.load_state_dict(merged(sharding.whole(module, ema.weights)))
+            if setup.start is not None:
+                for line in forgetting.begin(run, setup, evaluated, ranks):
+                    log.say(line)
             _keep_best(run, validator(evaluated), state, evaluated, recipe, log, ranks)
         watch = LossWatch(recipe.train.spike_factor)
         ended = "stopped_early" if _out_of_patience(state, recipe) else "finished"
@@ -126,7 +132,7 @@ def _run_as_rank(recipe: Recipe, run: Path, resume: bool, ranks: distributed.Ran
             try:
                 parts, norm = train_step(engine, setup, plan, batches, ranks, lr, watch)
             except SickStepError as sick:
-                weights = sharding.master_weights(engine, module)
+                weights = merged(sharding.master_weights(engine, module))
                 raise write_bundle(run, setup, plan, state.step, str(sick), ranks, weights) from sick
             ema.update(sharding.own_weights(module).items())
             _advance(state, setup, plan, cursor, ema)
@@ -136,7 +142,7 @@ def _run_as_rank(recipe: Recipe, run: Path, resume: bool, ranks: distributed.Ran
                 seconds = time.perf_counter() - started
                 _log_step(log, setup, plan, state.step, parts, lr, norm, seconds)
             if state.step % recipe.train.validate_every == 0 or last:
-                evaluated.load_state_dict(sharding.whole(module, ema.weights))
+                evaluated.load_state_dict(merged(sharding.whole(module, ema.weights)))
                 _keep_best(run, validator(evaluated), state, evaluated, recipe, log, ranks)
                 if _out_of_patience(state, recipe):
                     ended = "stopped_early"
@@ -144,10 +150,14 @@ def _run_as_rank(recipe: Recipe, run: Path, resume: bool, ranks: distributed.Ran
                 checkpoint.save(run / "checkpoints", engine, module, ema, state, recipe.train.keep)
             if stop and not last and ended == "finished":
                 ended = "interrupted"
-        average, raw = sharding.whole(module, ema.weights), sharding.master_weights(engine, module)
+        average, raw = merged(sharding.whole(module, ema.weights)), merged(sharding.master_weights(engine, module))
         if ranks.is_main:
             write_weights(run / "weights" / "last.safetensors", average)
             write_weights(run / "weights" / "raw.safetensors", raw)
+        if ended != "interrupted" and recipe.fine_tune is not None:
+            distributed.barrier()  # rank 0 writes the weights
+            for line in forgetting.finish(run, setup, evaluated, ranks):
+                log.say(line)
         if ended != "interrupted" and validator.draw(
             run / "plots" / "validation.png", f"{recipe.name}, validation at step {state.step}, averaged weights"
         ):
@@ -229,7 +239,7 @@ def train_step(
     engine.train()
     for group in engine.optimizer.param_groups:
         group["lr"] = lr
-    divisors = setup.loss.divisors(plan.counts, setup.plan.expected_counts).to(engine.device)
+    divisors = setup.loss.divisors(plan.counts, setup.plan.expected_counts(plan.step)).to(engine.device)
     stage = engine.zero_optimization_stage()
     parts, norm = torch.zeros_like(divisors), 0.0
     for i, batch in enumerate(batches):

@@ -320,7 +320,7 @@ def try_batch(setup: Setup, trainee: Trainee, step: StepPlan, items: np.ndarray,
     recipe = setup.recipe
     bare = recipe.data.neighbors == "device"
     batch = microbatch(setup.store, step, items, setup.fidelities, recipe.model.backbone.cutoff, bare=bare)
-    divisors = setup.loss.divisors(step.counts, setup.plan.expected_counts).to(device)
+    divisors = setup.loss.divisors(step.counts, setup.plan.expected_counts(step.step)).to(device)
     was_training = trainee.training
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)

@@ -81,7 +81,8 @@ def write_bundle(
             for row, f, live in zip(plan.rows, plan.fidelity_idx, plan.live.tolist(), strict=True)
         ]
         write_weights(folder / "model.safetensors", weights)
-        store = {"store": str(setup.store.path.resolve()), "layers": setup.recipe.data.layers}
+        beside = None if setup.store.beside is None else str(setup.store.beside.resolve())
+        store = {"store": str(setup.store.path.resolve()), "layers": setup.recipe.data.layers, "beside": beside}
         write_json(folder / "bundle.json", {"step": step, "reason": reason, **store, "systems": systems})
     return InputError(
         f"step {step}: {reason}; look at its {len(plan)} systems one by one with `mffm replay {folder}`, then mend or "
@@ -120,7 +121,8 @@ def replay(bundle: Path | str) -> tuple[str, list[Replayed]]:
     potential = spec.build()
     potential.load_state_dict(read_weights(bundle / "model.safetensors"))
     potential.eval()
-    store = Store(content["store"], content["layers"])
+    beside = content.get("beside")  # labels that a release predicted, in a fine-tuning
+    store = Store(content["store"], content["layers"], None if beside is None else Path(beside))
     table = spec.reference_table()
     # Factors would blur which frame is sick, and a term of weight 0 would hide it.
     section = {**spec.provenance["recipe"]["loss"], "weights": {}}

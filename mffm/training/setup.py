@@ -2,29 +2,28 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from ase.data import chemical_symbols
 from torch import Tensor, nn
 
 from mffm.batch import Batch, reference_energy
 from mffm.config.model import EscnConfig
 from mffm.config.recipe import Recipe, TrainSection
-from mffm.data import references
 from mffm.data.plan import Plan, Pool, build_pools
 from mffm.data.store import Store
 from mffm.distributed import Ranks
 from mffm.errors import InputError
 from mffm.fidelity import FidelityTable
-from mffm.keys import ENERGY, FORCES, N_ELEMENTS, Property
+from mffm.keys import ENERGY, FORCES, Property
 from mffm.loss import Loss
+from mffm.models.adapter import merged
 from mffm.models.potential import Potential
-from mffm.release import Loaded, PotentialSpec, code_version, load, refit_references
+from mffm.release import Loaded, PotentialSpec, code_version, load
+from mffm.training import baselines, finetune, modes, predicted, step_zero
 from mffm.training.compiled import CompiledStep, require_compiler
-
-STATISTICS_FRAMES = 2000  # frames a pool gives to the force scale
 
 
 @dataclass
@@ -40,6 +39,7 @@ class Setup:
     potential: Potential
     used: dict[tuple[int, Property], int]
     dropped: list[str] = field(default_factory=list)  # tensors of the base's direct heads
+    start: finetune.Start | None = None  # of a fine-tuning that begins
     n_parameters: int = field(init=False)  # of the potential, which holds empty tensors once ZeRO 3 has sharded it
 
     def __post_init__(self) -> None:
@@ -68,8 +68,16 @@ def prepare(recipe: Recipe, saved: PotentialSpec | None = None) -> Setup:
         "fingerprint": store.fingerprint,
     }
     recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update=pins)})
-    fidelities = FidelityTable(store.fidelities[name] for name in recipe.fidelities)
     base = load(recipe.start_from) if recipe.start_from and saved is None else None
+    start: finetune.Start | None = None
+    if recipe.fine_tune is not None and base is not None:
+        recipe, start, store = finetune.resolved(recipe, base, store)
+        base = start.base
+    elif recipe.fine_tune is not None and recipe.fine_tune.replay == "predictions":
+        replay = saved.provenance.get("start_from", {}).get("replay", {}) if saved else {}
+        store = predicted.opened(store, Path(recipe.run_folder) / predicted.FOLDER, replay.get("fingerprint"))
+    known_ones = next((x.fidelities for x in (saved, base) if x is not None), store.fidelities)
+    fidelities = finetune.fidelities_of(recipe, store, known_ones)
     for other, path, init_from in (
         (base.spec if base else None, recipe.start_from, recipe.model.init_from),
         (saved, recipe.run_folder, {}),
@@ -84,17 +92,25 @@ def prepare(recipe: Recipe, saved: PotentialSpec | None = None) -> Setup:
     loss = Loss(recipe.loss, fidelities.names, used)
     torch.manual_seed(recipe.seed)
     if saved is not None:
-        return Setup(recipe, store, fidelities, plan, loss, saved, saved.build(), used)
+        potential = saved.build()
+        modes.freeze(potential, recipe)
+        return Setup(recipe, store, fidelities, plan, loss, saved, potential, used)
+    if start is not None:
+        start = finetune.with_elements(recipe, start, store, pools)
+        recipe, start = finetune.with_parents(recipe, start, store, pools)
+        base = start.base
+        _require_same_d3(recipe, base.spec, str(recipe.start_from), recipe.model.init_from)
     rows = {name: _energy_rows(pools, name) for name in fidelities.names}
+    counts: dict[str, dict[str, int]] = {
+        name: {prop: n for (f, prop), n in used.items() if f == i} for i, name in enumerate(fidelities.names)
+    }
     spec = PotentialSpec(
         model=recipe.model,
         fidelities=fidelities,
-        references=fit_references(recipe, store, fidelities, rows, base),
+        references=baselines.fit_references(recipe, store, fidelities, rows, base),
         avg_neighbors=base.spec.avg_neighbors if base else average_neighbors(pools),
         scale=base.spec.scale if base else force_scale(store, pools),
-        label_counts={
-            name: {prop: n for (f, prop), n in used.items() if f == i} for i, name in enumerate(fidelities.names)
-        },
+        label_counts=counts if start is None else finetune.kept_counts(start.base, counts, recipe),
         provenance=provenance(recipe, store, plan, base),
     )
     potential = spec.build()
@@ -106,7 +122,12 @@ def prepare(recipe: Recipe, saved: PotentialSpec | None = None) -> Setup:
     if base is not None:
         dropped = potential.load_weights(base.potential.state_dict(), base.fidelities.names, recipe.model.init_from)
         spec.provenance["start_from"]["dropped"] = dropped
-    return Setup(recipe, store, fidelities, plan, loss, spec, potential, used, dropped)
+    setup = Setup(recipe, store, fidelities, plan, loss, spec, potential, used, dropped, start)
+    if start is not None:
+        step_zero.require(setup, start.base)
+        modes.freeze(potential, recipe)
+        setup.n_parameters = potential.n_parameters
+    return setup
 
 
 def _require_same_backbone(recipe: Recipe, other: PotentialSpec, path: str) -> None:
@@ -141,82 +162,6 @@ def _require_same_d3(recipe: Recipe, other: PotentialSpec, path: str, init_from:
             )
 
 
-def fit_references(
-    recipe: Recipe, store: Store, fidelities: FidelityTable, rows: dict[str, np.ndarray], base: Loaded | None
-) -> references.ElementReferences:
-    """Return the element references of a run.
-
-    A fidelity that the base has keeps the base's: its weights were trained against them. One that starts from another
-    of the base (``model.init_from``) gets references fitted on what the base's predictions leave of its labels: it
-    starts as its parent with refitted references, not thousands of eV off, unless ``references.refit`` is false.
-    """
-    if base is None:
-        return _without_d3(references.fit(store, fidelities.names, rows, recipe.references), recipe, store, rows)
-    refitted = {}
-    refit = recipe.references.refit
-    for name, parent in recipe.model.init_from.items():
-        labelled = rows[name][store.has(name, ENERGY)[rows[name]]]
-        if name not in recipe.references.given and (len(labelled) or not refit):
-            parents = base.spec.references.array([parent])[0]
-            values = refit_references(base, store, labelled, name, parent) if refit else parents
-            refitted[name] = {chemical_symbols[z]: float(values[z]) for z in np.flatnonzero(~np.isnan(values))}
-    kept = {n: base.spec.references.to_dict()["references"][n] for n in fidelities.names if n in base.fidelities}
-    kept = {n: values for n, values in kept.items() if n not in recipe.references.given}
-    config = recipe.references.model_copy(update={"given": {**recipe.references.given, **refitted, **kept}})
-    result = references.fit(store, fidelities.names, rows, config)
-    for name in kept:
-        result.report[name].update(
-            method="kept", reason=f"those of {base.path}, which the weights were trained against"
-        )
-    for name in refitted:
-        origin = f"of {base.path} at {recipe.model.init_from[name]!r}"
-        result.report[name].update(
-            method="refitted" if refit else "kept",
-            reason=f"fitted on the labels minus the predictions {origin}" if refit else f"those {origin}, not refitted",
-        )
-    return _without_d3(result, recipe, store, rows)
-
-
-def _without_d3(
-    fitted: references.ElementReferences, recipe: Recipe, store: Store, rows: dict[str, np.ndarray]
-) -> references.ElementReferences:
-    """Take off the references that were fitted on labels what the term for DFT-D3 adds to them.
-
-    Least squares of the dispersion energies per atom on composition, over frames of all pools: since it is linear, that
-    equals a fit on labels less DFT-D3 where the frames are the same. References that were given or kept are left alone.
-    """
-    if not recipe.model.d3:
-        return fitted
-    from mffm.models.d3 import dispersion
-
-    chosen = _some_of_each_element(store, np.unique(np.concatenate(list(rows.values()))))
-    composition = store.composition(chosen).astype(np.float64)
-    per_atom = 1 / composition.sum(1)
-    for name, config in recipe.model.d3.items():
-        entry = fitted.report[name]
-        if entry["method"] not in ("fit", "paired"):
-            continue
-        geometries = (store.geometry(int(row)) for row in chosen)
-        energies = np.array([dispersion(config, f"model.d3.{name}", *g).atom_energies.sum() for g in geometries])
-        fractions = composition * per_atom[:, None]
-        fitted.table[name] = fitted.table[name] - np.linalg.lstsq(fractions, energies * per_atom, rcond=None)[0]
-        entry["reason"] += f"; less a fit of DFT-D3 on the compositions of {len(chosen)} structures"
-    return fitted
-
-
-def _some_of_each_element(store: Store, rows: np.ndarray) -> np.ndarray:
-    """Return evenly spaced rows, and the first few with each element."""
-    chosen = [rows[:: max(len(rows) // STATISTICS_FRAMES, 1)]]
-    found = np.zeros(N_ELEMENTS + 1, np.int64)
-    for start in range(0, len(rows), 10_000):
-        part = rows[start : start + 10_000]
-        has = store.composition(part) > 0
-        few = has & (found + has.cumsum(0) <= 3)
-        chosen.append(part[few.any(1)])
-        found += has.sum(0)
-    return np.unique(np.concatenate(chosen))
-
-
 def _energy_rows(pools: list[Pool], fidelity: str) -> np.ndarray:
     """Return the rows whose energies the recipe trains: references are fitted on no other label. [n] int64"""
     rows = [p.rows for p in pools if p.fidelity == fidelity and ENERGY in p.properties]
@@ -248,7 +193,7 @@ def force_scale(store: Store, pools: list[Pool]) -> float:
     for pool in pools:
         if FORCES not in pool.properties:
             continue
-        stride = max(len(pool.rows) // STATISTICS_FRAMES, 1)
+        stride = max(len(pool.rows) // baselines.STATISTICS_FRAMES, 1)
         for row in pool.rows[::stride]:
             forces = store.labels(int(row), pool.fidelity).get(FORCES)
             if forces is not None:
@@ -269,6 +214,8 @@ def provenance(recipe: Recipe, store: Store, plan: Plan, base: Loaded | None) ->
     }
     if base is not None:
         record["start_from"] = {"path": str(recipe.start_from), "provenance": base.spec.provenance}
+        if store.beside is not None:
+            record["start_from"]["replay"] = {"fingerprint": store.layers[0].fingerprint}
     return record
 
 
@@ -333,16 +280,19 @@ class Trainee(nn.Module):
         """
         names, parameters = zip(*self.potential.named_parameters(), strict=True)
         if anchor is not None:
-            parameters = _Together.apply(anchor, *parameters)
+            trained = [i for i, p in enumerate(parameters) if p.requires_grad]
+            together = _Together.apply(anchor, *(parameters[i] for i in trained))
+            at = dict(zip(trained, together, strict=True))
+            parameters = tuple(at.get(i, p) for i, p in enumerate(parameters))
         reference = torch.nan_to_num(reference_energy(batch, self.reference_table))
+        plain = merged(dict(zip(names, parameters, strict=True)))
         if self.compiled is not None:
-            return self.compiled(parameters, batch, reference, divisors)
+            return self.compiled(tuple(plain.values()), batch, reference, divisors)
         wanted = {"forces": self.loss.needs_forces, "stress": self.loss.needs_stress}
-        if anchor is None:
+        if anchor is None and len(plain) == len(names):
             prediction = self.potential(batch, **wanted)
         else:
-            together = dict(zip(names, parameters, strict=True))
-            prediction = torch.func.functional_call(self.potential, together, (batch,), wanted)
+            prediction = torch.func.functional_call(self.potential, plain, (batch,), wanted)
         loss, parts = self.loss(prediction, batch, reference, divisors)
         # 0 × energy: a loss of forces alone must reach the heads' last biases too, the same parameters on every rank.
         return loss + 0.0 * prediction.energy.sum(), parts

@@ -23,6 +23,8 @@ from deepspeed.utils import (
 )
 from torch import Tensor, nn
 
+from mffm.optim import trained
+
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's state of a parameter, the only one from stage 1 on
 
 
@@ -32,7 +34,13 @@ def _is_sharded(parameter: Any) -> bool:
 
 def own_weights(module: nn.Module) -> dict[str, Tensor]:
     """Return the float32 weights that this rank holds: all of each, or at stage 3 its shard [numel / ranks]."""
-    return {n: safe_get_local_fp32_param(p) if _is_sharded(p) else p for n, p in module.named_parameters()}
+    return {n: _own_shard(p) if _is_sharded(p) else p for n, p in module.named_parameters()}
+
+
+def _own_shard(parameter: Any) -> Tensor:
+    if parameter.requires_grad:
+        return safe_get_local_fp32_param(parameter)
+    return parameter.ds_tensor.to(parameter.device)  # frozen: no optimiser has a master of it
 
 
 def shards(module: nn.Module, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -64,9 +72,12 @@ def master_weights(engine: Any, module: nn.Module) -> dict[str, Tensor]:
     """Return the full float32 weights by name, on CPU. Every rank must call this."""
     # up to stage 2 a float32 weight is its master, and needs no communication
     here = engine.zero_optimization_stage() < 3
-    full = {
-        n: p if here and p.dtype == torch.float32 else safe_get_full_fp32_param(p) for n, p in module.named_parameters()
-    }
+    full: dict[str, Tensor] = {}
+    for n, p in module.named_parameters():
+        if here and p.dtype == torch.float32:
+            full[n] = p
+        else:
+            full[n] = safe_get_full_fp32_param(p) if p.requires_grad else _whole(p, _own_shard(p))
     return {n: value.detach().to("cpu", torch.float32, copy=True) for n, value in full.items()}
 
 
@@ -79,7 +90,7 @@ def moments(engine: Any, module: nn.Module) -> dict[str, Tensor]:
     if stage in (1, 2):
         _link_states(engine)
     values = {}
-    for name, p in module.named_parameters():
+    for name, p in trained(module):
         for key in MOMENTS if stage > 0 else [k for k in engine.optimizer.state[p] if k != "step"]:
             value = engine.optimizer.state[p][key] if stage == 0 else safe_get_full_optimizer_state(p, key)
             values[f"{key}/{name}"] = value.detach().to("cpu", copy=True)
@@ -94,7 +105,7 @@ def set_weights(engine: Any, module: nn.Module, values: Mapping[str, Tensor]) ->
         if stage < 3 or dist.get_rank() == 0:
             for name, p in module.named_parameters():
                 p.copy_(values[name])
-    for name, p in module.named_parameters():
+    for name, p in trained(module):
         if stage == 3:
             safe_set_local_fp32_param(p, _shard(p, values[name].to(p.device)))
         elif stage > 0:
@@ -105,7 +116,7 @@ def set_moments(engine: Any, module: nn.Module, values: Mapping[str, Tensor], st
     """Set the optimiser's state from full tensors <key>/<parameter>, and its number of steps."""
     stage = engine.zero_optimization_stage()
     if stage == 0:
-        parameters = dict(module.named_parameters())
+        parameters = dict(trained(module))
         for p in parameters.values():
             engine.optimizer.state[p] = {"step": torch.tensor(float(step))}
         for full, value in values.items():
@@ -121,7 +132,7 @@ def set_moments(engine: Any, module: nn.Module, values: Mapping[str, Tensor], st
         inner.state[p] = {"step": torch.tensor(float(step)), **{k: torch.zeros_like(p) for k in MOMENTS}}
     if stage in (1, 2):
         _link_states(engine)
-    for name, p in module.named_parameters():
+    for name, p in trained(module):
         for key in MOMENTS:
             value = values[f"{key}/{name}"].to(p.device)
             if stage < 3:

@@ -42,6 +42,8 @@ class Validator:
         self.names: set[str] = set()  # of the metrics that a validation gives
         index = 0
         for f, name in enumerate(fidelities.names):
+            if name not in store.fidelities:  # of a release that is fine-tuned on data of others
+                continue
             rows = choose(store, store.rows(split=split, fidelity=name), 0, max_frames)
             for prop in PROPERTIES:
                 live = store.has(name, prop)[rows]

@@ -23,7 +23,7 @@ from mffm.training.setup import Trainee, deepspeed_config, prepare
 
 def plain(setup, batches, plan, table) -> dict[str, torch.Tensor]:
     trainee = Trainee(setup.potential.double(), setup.loss, table).train()
-    divisors = setup.loss.divisors(plan.counts, setup.plan.expected_counts)
+    divisors = setup.loss.divisors(plan.counts, setup.plan.expected_counts(plan.step))
     for batch in batches:
         trainee(batch, divisors)[0].backward()
     gradients = {}

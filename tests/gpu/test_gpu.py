@@ -15,6 +15,8 @@ from mffm.config.model import ModelConfig
 from mffm.data.bare import Bare
 from mffm.data.loader import collate, pack
 from mffm.data.store import Store
+from mffm.deploy.at_fidelity import geometry
+from mffm.deploy.edges import evaluate, export, of_release
 from mffm.keys import ENERGY, FORCES
 from mffm.models.potential import Potential
 
@@ -167,6 +169,19 @@ def test_training_on_neighbor_lists_made_on_the_gpu(
         done = run_mffm("train", str(recipe), f"run={tmp_path / where}", f"data.neighbors={where}")
         assert done.returncode == 0, done.stderr
     assert losses(tmp_path / "device") == pytest.approx(losses(tmp_path / "cpu"), rel=1e-3)
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["exported", "compiled"])
+@pytest.mark.timeout(900)
+def test_edge_form_of_a_file_is_that_of_the_cpu(tmp_path: Path, compiled: bool):
+    golden = Path(__file__).parents[1] / "golden" / "release-v2"
+    model = export(golden, tmp_path / "model.pt2", "pbe", device="cuda", compiled=compiled)  # held against its outputs
+    assert (model.device.type, model.form) == ("cuda", "compiled" if compiled else "exported")
+    atoms = ase.build.molecule("CH3CH2OH")
+    here = of_release(golden, "pbe")
+    found, wanted = (evaluate(m, *geometry(atoms)) for m in (model, here))
+    assert found.energy == pytest.approx(wanted.energy, abs=1e-9)
+    np.testing.assert_allclose(found.forces, wanted.forces, atol=1e-9)
 
 
 def test_compiled_training_on_molecules_of_many_sizes(

@@ -178,12 +178,77 @@ def test_explicit_weights_are_met_at_every_moment():
 def test_temperature_decides_the_shares(temperature, expected):
     pools = [plan_pool("a", rows=900), plan_pool("b", 1, rows=100)]
     plan = Plan(pools, plan_config(temperature=temperature), seed=0)
-    assert list(plan.shares.values()) == pytest.approx(expected, abs=1e-4)
+    assert list(plan.shares().values()) == pytest.approx(expected, abs=1e-4)
 
 
 def test_weights_for_some_pools_only_are_refused():
     with pytest.raises(InputError, match=r"not for b.*temperature"):
         Plan([plan_pool("a", weight=1.0), plan_pool("b", 1)], plan_config(), 0)
+
+
+# Weights that change with the step
+
+
+def scheduled():
+    """All of a, then one a for three b, then b alone; each with its own properties."""
+    pools = [
+        plan_pool("a", rows=300, weight={0: 1, 20: 1, 40: 0}),
+        plan_pool("b", 1, rows=100, weight={0: 0, 20: 3}, seed=1),
+    ]
+    return Plan(pools, plan_config(), seed=0)
+
+
+def test_weights_hold_from_their_step_on():
+    plan = scheduled()
+    steps, _ = run_steps(plan, 60)
+    for first, last, share in ((0, 20, 0.0), (20, 40, 0.75), (40, 60, 1.0)):
+        drawn = np.concatenate([step.pool for step in steps[first:last]])
+        assert abs((drawn == 1).sum() - share * len(drawn)) < 1.5  # also just behind a change: no debts of before
+        assert plan.shares(first)["b"] == pytest.approx(share)
+
+
+def test_a_stream_goes_on_with_its_order_where_its_weight_changes():
+    steps, _ = run_steps(scheduled(), 60)
+    for pool, size in ((0, 300), (1, 100)):
+        rows = np.concatenate([step.rows[step.pool == pool] for step in steps])
+        whole = len(rows) // size * size
+        assert whole
+        assert all(len(set(part)) == size for part in rows[:whole].reshape(-1, size))  # every frame once in each pass
+
+
+def test_a_cursor_in_any_phase_goes_on_alike():
+    plan = scheduled()
+    steps, _ = run_steps(plan, 60)
+    for stop in (5, 20, 21, 39, 40, 50):
+        _, cursor = run_steps(plan, stop)
+        again = Cursor.from_dict(json.loads(json.dumps(cursor.to_dict())))
+        rest, _ = run_steps(scheduled(), 60 - stop, again)
+        assert [items(step) for step in rest] == [items(step) for step in steps[stop:]]
+
+
+def test_expected_counts_are_those_of_the_phase():
+    plan = scheduled()
+    steps, _ = run_steps(plan, 60)
+    assert set(plan.expected_counts(5)) == {(0, "energy"), (0, "forces")}
+    assert set(plan.expected_counts(50)) == {(1, "energy"), (1, "forces")}
+    mean = np.mean([step.counts[1, "energy"] for step in steps[20:40]])
+    assert plan.expected_counts(30)[1, "energy"] == pytest.approx(mean, rel=0.1)
+
+
+def test_a_schedule_is_part_of_the_fingerprint():
+    def fingerprint(weight):
+        pools = [plan_pool("a", weight=1.0), plan_pool("b", 1, rows=100, weight=weight)]
+        return Plan(pools, plan_config(), seed=0).fingerprint
+
+    assert fingerprint({0: 2.0}) == fingerprint(2.0)
+    assert len({fingerprint(w) for w in (2.0, {0: 2.0, 10: 1.0}, {0: 2.0, 11: 1.0})}) == 3
+
+
+def test_steps_without_any_weight_are_refused():
+    with pytest.raises(InputError, match="no pool has a weight above 0 from step 30 on"):
+        Plan([plan_pool("a", weight={0: 1.0, 30: 0.0})], plan_config(), 0)
+    with pytest.raises(ValueError, match=r"a share for step 0 is missing; given for 10"):
+        plan_config(pools=[{"fidelity": "a", "weight": {10: 1.0}}])
 
 
 # Partition
@@ -249,10 +314,10 @@ def test_expected_counts_are_the_mean_of_many_steps():
     pools = [plan_pool("a", 0, rows=400, weight=30.0), plan_pool("b", 1, rows=60, live=1, weight=1.0, edges=90)]
     plan = Plan(pools, plan_config(), seed=0)
     steps, _ = run_steps(plan, 800)
-    for key, expected in plan.expected_counts.items():
+    for key, expected in plan.expected_counts(0).items():
         mean = np.mean([s.counts.get(key, 0) for s in steps])
         assert expected == pytest.approx(mean, rel=0.02)
-    assert set(plan.expected_counts) == {(0, "energy"), (0, "forces"), (1, "energy")}
+    assert set(plan.expected_counts(0)) == {(0, "energy"), (0, "forces"), (1, "energy")}
 
 
 # Paired
@@ -268,7 +333,7 @@ def paired_plan(**changes):
 
 def test_paired_draws_a_frame_at_all_its_fidelities_together():
     plan = paired_plan()
-    assert plan.shares == pytest.approx({"lf+hf": 1 / 3, "lf": 2 / 3})  # proportional: every frame equally often
+    assert plan.shares() == pytest.approx({"lf+hf": 1 / 3, "lf": 2 / 3})  # proportional: every frame equally often
     steps, _ = run_steps(plan, 60)
     for step in steps:
         drawn = items(step)
