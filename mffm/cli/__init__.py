@@ -35,6 +35,7 @@ app = typer.Typer(
 
 COMMANDS = (  # in the order of ``mffm --help``
     data.ingest,
+    data.doctor,
     data.edges,
     data.difference,
     data.verify,
