@@ -317,6 +317,35 @@ def curves(path: Path, panels: Sequence[tuple[str, str, Mapping[str, tuple[Any, 
     plt.close(figure)
 
 
+def histograms(path: Path, panels: Sequence[tuple[str, Mapping[str, np.ndarray], bool]], ylabel: str) -> None:
+    """Write one figure of histograms side by side, their counts on a logarithmic axis.
+
+    Args:
+        panels: (x label, name → values [n], whether the values' axis is logarithmic too); a legend where a panel has
+            several names. Values of a logarithmic axis are positive.
+    """
+    plt = _pyplot()
+    figure, axes = plt.subplots(1, len(panels), figsize=(4.6 * len(panels), 3.1), squeeze=False, layout="constrained")
+    for axis, (xlabel, entries, logarithmic) in zip(axes[0], panels, strict=True):
+        low = min(float(values.min()) for values in entries.values())
+        high = max(float(values.max()) for values in entries.values())
+        if high <= low:
+            low, high = (low / 1.1, high * 1.1) if logarithmic else (low - 0.5, high + 0.5)
+        edges = np.geomspace(low, high, 61) if logarithmic else np.linspace(low, high, 61)
+        for (name, values), color in zip(entries.items(), COLORS * len(entries), strict=False):
+            axis.hist(np.clip(values, low, high), edges, histtype="step", linewidth=1.2, color=color, label=name)
+        if logarithmic:
+            axis.set_xscale("log")
+        axis.set_yscale("log")
+        axis.set_ylim(bottom=0.5)
+        axis.set_xlabel(xlabel)
+        axis.set_ylabel(ylabel)
+        if len(entries) > 1:
+            axis.legend(frameon=False, fontsize=8)
+    figure.savefig(path)
+    plt.close(figure)
+
+
 def bands(
     path: Path,
     branches: Sequence[tuple[np.ndarray, np.ndarray]],

@@ -36,6 +36,7 @@ app = typer.Typer(
 
 COMMANDS = (  # in the order of ``mffm --help``
     data.ingest,
+    data.doctor,
     data.edges,
     data.difference,
     data.verify,

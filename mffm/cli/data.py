@@ -1,13 +1,18 @@
-"""Commands on stores: ingest, edges, difference, verify, references."""
+"""Commands on data: ingest, doctor, edges, difference, verify, references."""
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
 
-from mffm.cli.output import EXIT_KEYBOARD, StoreArgument, console
+from mffm.cli.output import EXIT_KEYBOARD, StoreArgument, console, say
+
+if TYPE_CHECKING:
+    from mffm.keys import Property
+
+EXIT_FOUND = 1  # of doctor, where it found what misleads a training
 
 
 def ingest(
@@ -55,6 +60,46 @@ def ingest(
     for warning in report.warnings:
         console.print(f"warning: {warning}", highlight=False, markup=False)
     console.print(f"report: {report.path}", highlight=False)
+
+
+def doctor(
+    paths: Annotated[list[Path], typer.Argument(help="stores, data YAMLs, files of structures; examined together")],
+    against: Annotated[
+        list[Path] | None,
+        typer.Option(help="benchmark set (store, data YAML or file) to share nothing with; repeatable"),
+    ] = None,
+    out: Annotated[Path, typer.Option(help="folder of doctor.md, doctor.json and plots")] = Path("doctor"),
+    strict: Annotated[bool, typer.Option("--strict", help="exit with 1 for warnings too")] = False,
+    energy: Annotated[str | None, typer.Option(help="key of the energy in plain files")] = None,
+    forces: Annotated[str | None, typer.Option(help="key of the forces in plain files")] = None,
+    stress: Annotated[str | None, typer.Option(help="key of the stress in plain files")] = None,
+    workers: Annotated[int, typer.Option(min=1, help="processes that read")] = 1,
+    plots: Annotated[bool, typer.Option(help="draw histograms of energies, forces and structures")] = True,
+) -> None:
+    """Look for what misleads a training: duplicates, leaks, conflicts, outliers, wrong units and signs, mixed levels.
+
+    Exit code 1 where a finding is an error (with --strict: or a warning), 2 for bad input, else 0.
+    """
+    from mffm.data.doctor import examine
+
+    named: dict[Property, str | None] = {"energy": energy, "forces": forces, "stress": stress}
+    keys = {prop: key for prop, key in named.items() if key is not None}
+    try:
+        diagnosis = examine(paths, against or (), keys, out, plots, workers, progress=True)
+    except KeyboardInterrupt:
+        print("interrupted; nothing was written", file=sys.stderr)
+        raise typer.Exit(EXIT_KEYBOARD) from None
+    for finding in diagnosis.findings:
+        say(f"{finding.severity}: {finding.check}: {finding}")
+        for place, what in finding.evidence[:2]:
+            say(f"    {place}: {what}")
+    errors, warnings = diagnosis.count("error"), diagnosis.count("warning")
+    say(
+        f"{diagnosis.n_frames:,} frames: {errors} errors, {warnings} warnings, {diagnosis.count('note')} notes; "
+        f"report: {out / 'doctor.md'}"
+    )
+    if errors or (strict and warnings):
+        raise typer.Exit(EXIT_FOUND)
 
 
 def edges(

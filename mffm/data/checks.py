@@ -7,7 +7,7 @@ they give a ``Finding`` with its evidence: units, signs, outliers, leaks between
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
@@ -137,13 +137,26 @@ def conflict(prop: Property, old: np.ndarray, new: np.ndarray, n_atoms: int) -> 
     return f"{new.flat[worst]:.8g} contradicts {old.flat[worst]:.8g}, which the same structure already has"
 
 
+Severity = Literal["error", "warning", "note"]
+
+
 @dataclass(frozen=True)
 class Finding:
-    """Something that looks wrong in a set, with what speaks for it."""
+    """Something that looks wrong in a set, with what speaks for it.
 
-    check: str  # energy_unit, relative_energies, forces, stress_sign, stress_unit, outliers, leak
+    Attributes:
+        check: energy_unit, relative_energies, forces, stress_sign, stress_unit, outliers, leak; the doctor has more.
+        severity: error: a training on it is misled; warning: to be looked at; note: to be known.
+        evidence: (place, what is there) of the frames that show it, the worst first.
+        remedy: what to do, where the message does not say it.
+    """
+
+    check: str
     fidelity: str
     message: str
+    severity: Severity = "warning"
+    evidence: tuple[tuple[str, str], ...] = ()
+    remedy: str = ""
 
     def __str__(self) -> str:
         return f"{self.fidelity}: {self.message}" if self.fidelity else self.message
@@ -166,6 +179,8 @@ _FORCES_PER_EV = {
     "kJ/mol/Angstrom": 96.485332,
     "kJ/mol/nm": 964.85332,
 }
+LARGE_FORCE = 100.0  # eV/Å
+CERTAIN = 0.8  # r² or |correlation| from which a wrong unit or sign is an error
 SOFTEST = 6e-3  # eV/Å³, 1 GPa: half of water's bulk modulus
 STIFFEST = 6.0  # eV/Å³, 960 GPa: twice the bulk modulus of diamond
 
@@ -183,6 +198,17 @@ def element_fit(counts: np.ndarray, energies: np.ndarray) -> tuple[np.ndarray, n
     n_atoms = counts.sum(1, keepdims=True)
     solution = np.linalg.lstsq(counts / n_atoms, energies / n_atoms[:, 0], rcond=1e-8)[0]
     return solution, (energies - counts @ solution) / n_atoms[:, 0]
+
+
+def far_from_fit(residual: np.ndarray) -> tuple[np.ndarray, float]:
+    """Return which residuals [n] (eV per atom) of an element fit are outliers, and their width.
+
+    The width is 1.4826 × the median deviation (of a normal distribution its sigma). An outlier is more than 20 widths
+    and more than 0.5 eV per atom from the median.
+    """
+    distance = np.abs(residual - np.median(residual))
+    width = 1.4826 * float(np.median(distance))
+    return distance > max(20 * width, 0.5), width
 
 
 def check_store(store: "Store") -> list[Finding]:
@@ -224,11 +250,11 @@ def check_sample(fidelity: str, counts: np.ndarray, energies: np.ndarray, rows: 
                     f"energies look like {unit} read as eV: energy / all-electron atomic energies in Hartree has "
                     f"median {middle:.4g} over {len(rows)} frames (27.2 were eV); "
                     f"give labels.{fidelity}.energy.unit: {unit}",
+                    "error",
                 )
             )
     _, residual = element_fit(counts, energies)
-    center = np.median(residual)
-    width = 1.4826 * float(np.median(np.abs(residual - center)))
+    far, width = far_from_fit(residual)
     if width > 2.0:
         findings.append(
             Finding(
@@ -238,10 +264,9 @@ def check_sample(fidelity: str, counts: np.ndarray, energies: np.ndarray, rows: 
                 "a wrong unit (kcal/mol read as eV: ×23), or structures that do not belong together",
             )
         )
-    far = np.abs(residual - center)
-    n_far = int((far > max(20 * width, 0.5)).sum())
+    n_far = int(far.sum())
     if n_far:
-        worst = int(far.argmax())
+        worst = int(np.abs(residual - np.median(residual)).argmax())
         findings.append(
             Finding(
                 "outliers",
@@ -258,19 +283,20 @@ def check_sample(fidelity: str, counts: np.ndarray, energies: np.ndarray, rows: 
                 fidelity,
                 f"energies look relative to some zero (median {np.median(energies):.3g} eV): "
                 "fine within one composition, not comparable between compositions",
+                "note" if (counts == counts[0]).all() else "warning",
             )
         )
     return findings
 
 
 def check_large_forces(fidelity: str, packed: "Packed", rows: np.ndarray) -> list[Finding]:
-    """Report forces beyond 100 eV/Å, which are rarely meant."""
+    """Report forces beyond ``LARGE_FORCE``, which are rarely meant."""
     if not packed.has_forces.any() or not len(packed.forces):
         return []
     frame = np.repeat(np.arange(len(rows)), packed.n_atoms)
     largest = np.zeros(len(rows))
     np.maximum.at(largest, frame, np.abs(packed.forces).max(1))
-    n = int((largest > 100).sum())
+    n = int((largest > LARGE_FORCE).sum())
     if not n:
         return []
     worst = int(largest.argmax())
@@ -278,7 +304,7 @@ def check_large_forces(fidelity: str, packed: "Packed", rows: np.ndarray) -> lis
         Finding(
             "outliers",
             fidelity,
-            f"{n} of {len(rows)} sampled frames have a force beyond 100 eV/Å; "
+            f"{n} of {len(rows)} sampled frames have a force beyond {LARGE_FORCE:g} eV/Å; "
             f"largest {largest[worst]:.3g} in row {int(rows[worst])}",
         )
     ]
@@ -376,16 +402,16 @@ def _judge_forces(fidelity: str, pairs: np.ndarray) -> list[Finding]:
         f"between {len(pairs)} pairs of similar frames energy changes by {slope:.4g} × the work of the forces "
         f"(r² {r2:.2f})"
     )
-    readings = [f"energy in {u}" for u, v in _PER_EV.items() if 0.75 < abs(slope) / v < 1.33]
-    readings += [f"forces in {u}" for u, v in _FORCES_PER_EV.items() if 0.75 < abs(slope) * v < 1.33]
+    severity: Severity = "error" if r2 > CERTAIN else "warning"
+    factors = [(f"energy in {u}", v) for u, v in _PER_EV.items()]
+    factors += [(f"forces in {u}", 1 / v) for u, v in _FORCES_PER_EV.items()]
+    off = {reading: abs(float(np.log(abs(slope) / v))) for reading, v in factors}
+    readings = sorted((reading for reading in off if off[reading] < 0.28), key=lambda reading: off[reading])
     if slope < 0:
         sign = "gradients given as forces (`negate: true`)"
-        return [Finding("forces", fidelity, f"{evidence}: {' and '.join([sign, *readings[:1]])}")]
-    return [
-        Finding(
-            "energy_unit", fidelity, f"{evidence}, expected 1: {' or '.join(readings) or 'units do not fit together'}"
-        )
-    ]
+        return [Finding("forces", fidelity, f"{evidence}: {' and '.join([sign, *readings[:1]])}", severity)]
+    what = " or ".join(readings) or "units do not fit together"
+    return [Finding("energy_unit", fidelity, f"{evidence}, expected 1: {what}", severity)]
 
 
 def _judge_stress(fidelity: str, trends: Sequence[tuple[float, float, int]]) -> list[Finding]:
@@ -402,6 +428,7 @@ def _judge_stress(fidelity: str, trends: Sequence[tuple[float, float, int]]) -> 
                 fidelity,
                 f"stress falls with volume within a composition (mean correlation {correlation:.2f} {evidence}): "
                 "pressure given as stress; use `negate: true`",
+                "error" if -correlation > CERTAIN else "warning",
             )
         )
     bulk = float(np.median([b for _, b, _ in trends]))
@@ -423,6 +450,7 @@ def _judge_stress(fidelity: str, trends: Sequence[tuple[float, float, int]]) -> 
                 fidelity,
                 f"stress changes with volume like a bulk modulus of {bulk * 160.2:.4g} GPa "
                 f"({evidence}; diamond has 440): stress in {unit} read as eV/Å³",
+                "error" if abs(correlation) > CERTAIN else "warning",
             )
         )
     return findings
@@ -435,7 +463,7 @@ def split_leaks(store: "Store") -> list[Finding]:
     twice = np.flatnonzero((hashes[1:] == hashes[:-1]).all(1) & (split[1:] != split[:-1]))
     if not len(twice):
         return []
-    return [Finding("leak", "", told_pairs(store, [(int(order[k]), int(order[k + 1])) for k in twice]))]
+    return [Finding("leak", "", told_pairs(store, [(int(order[k]), int(order[k + 1])) for k in twice]), "error")]
 
 
 def told_pairs(store: "Store", pairs: Sequence[tuple[int, int]]) -> str:

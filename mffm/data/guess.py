@@ -20,7 +20,7 @@ LOOKED_AT = 512  # frames; labels that begin later are not found, and have to be
 # What an energy key's name has, and what makes it another quantity.
 ENERGY_NAME = re.compile(r"energy|toten|^e_?tot|^e$|^e[_-]|[_-]e$", re.IGNORECASE)
 NO_TOTAL_ENERGY = re.compile(
-    r"per_?atom|/atom|kinetic|formation|atomi[sz]ation|cohesive|hull|interaction|binding|error|weight|std|sigma|var"
+    r"per_?atom|/atom|isolated|kinetic|formation|atomi[sz]ation|cohesive|hull|interaction|binding|error|weight|std|sigma|var"
     r"|correction|zpe|gap|homo|lumo|disp",
     re.IGNORECASE,
 )
@@ -42,6 +42,7 @@ class Keys:
     Attributes:
         numbers: keys of one number a frame. matrices: of 6 or 9. vectors: of three numbers an atom.
         is_periodic: whether any frame is.
+        names: every key of a frame, texts included.
     """
 
     path: Path
@@ -49,6 +50,7 @@ class Keys:
     matrices: frozenset[str]
     vectors: frozenset[str]
     is_periodic: bool
+    names: frozenset[str] = frozenset()
 
     @property
     def all(self) -> list[str]:
@@ -76,10 +78,12 @@ def read_keys(path: Path) -> Keys:
     numbers: set[str] = set()
     matrices: set[str] = set()
     vectors: set[str] = set()
+    names: set[str] = set()
     periodic, n = False, 0
     for info, widths, is_periodic in islice(_frames(path), LOOKED_AT):
         n += 1
         periodic = periodic or is_periodic
+        names.update(info)
         for key, value in info.items():
             size = _size(value)
             if size == 1:
@@ -89,7 +93,8 @@ def read_keys(path: Path) -> Keys:
         vectors |= {key for key, width in widths.items() if width == 3}
     if n == 0:
         raise InputError(f"{path}: has no frame that can be read")
-    return Keys(path, frozenset(numbers), frozenset(matrices), frozenset(vectors - {"pos", "positions"}), periodic)
+    atoms = frozenset(vectors - {"pos", "positions"})
+    return Keys(path, frozenset(numbers), frozenset(matrices), atoms, periodic, frozenset(names))
 
 
 def _frames(path: Path) -> Iterable[tuple[dict[str, Any], dict[str, int], bool]]:
@@ -169,7 +174,7 @@ def guess(keys: Keys, given: Mapping[Property, str], option: str) -> Guess:
     return Guess(labels, charge, spin, tuple(notes))
 
 
-def _level(key: str) -> str:
+def level(key: str) -> str:
     """Return what a key's name says of the level of theory: ``pbe`` of ``energy_pbe``, empty of ``forces``."""
     return QUANTITY.sub("", key).strip("_-. ").lower()
 
@@ -182,13 +187,13 @@ def _one_of_level(
     Raises:
         InputError: there are several, and none is the obvious one.
     """
-    affix = _level(energy)
-    other = {_level(k): k for k in sorted(keys.numbers) if ENERGY_NAME.search(k) and _level(k) != affix}
+    affix = level(energy)
+    other = {level(k): k for k in sorted(keys.numbers) if ENERGY_NAME.search(k) and level(k) != affix}
     notes += [
-        f"{k} is left out: it goes with {other[_level(k)]} ({option}-{prop} {k} takes it)"
-        for k in sorted(found) if _level(k) in other
+        f"{k} is left out: it goes with {other[level(k)]} ({option}-{prop} {k} takes it)"
+        for k in sorted(found) if level(k) in other
     ]  # fmt: skip
-    return _one(sorted(k for k in found if _level(k) not in other), prop, affix, keys, option, notes)
+    return _one(sorted(k for k in found if level(k) not in other), prop, affix, keys, option, notes)
 
 
 def _one(
@@ -203,7 +208,7 @@ def _one(
         return None
     if len(found) == 1:
         return found[0]
-    own = [k for k in found if affix and _level(k) == affix]
+    own = [k for k in found if affix and level(k) == affix]
     plain = [k for k in found if k.lower() in (prop, prop.removesuffix("s"))]
     chosen = next(iter([*own, *plain]), None)
     if chosen is None:
