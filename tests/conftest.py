@@ -161,3 +161,49 @@ def mffm(*arguments: str, timeout: float = 280, **kwargs: Any) -> subprocess.Com
     return subprocess.run(
         [sys.executable, "-m", "mffm", *arguments], capture_output=True, text=True, timeout=timeout, **kwargs
     )
+
+
+# Options of tiny SevenNets: with parity, biases and irreps that the package infers; with modalities at every site.
+SEVENNETS = {
+    "parity": {
+        "_type_map": {6: 0, 1: 1, 8: 2, 14: 3}, "channel": 3, "lmax": 1, "is_parity": True, "num_convolution_layer": 3,
+        "use_bias_in_linear": True, "self_connection_type": "nequip", "act_radial": "ssp",
+    },
+    "modal": {
+        "_type_map": {8: 0, 6: 1, 1: 2, 14: 3}, "channel": 4, "lmax": 2, "is_parity": False, "num_convolution_layer": 2,
+        "self_connection_type": "linear", "cutoff_function": {"cutoff_function_name": "XPLOR", "cutoff_on": 3.0},
+        "use_modality": True, "_modal_map": {"high": 1, "low": 0}, "_number_of_modalities": 2,
+        "use_modal_wise_shift": True, "use_modal_wise_scale": False,
+        "use_modal_node_embedding": True, "use_modal_self_inter_intro": True, "use_modal_self_inter_outro": True,
+        "use_modal_output_block": True,
+    },
+}  # fmt: skip
+
+
+@pytest.fixture(scope="session", name="write_sevennet")
+def _write_sevennet() -> Callable[..., Path]:
+    return write_sevennet
+
+
+def write_sevennet(path: Path, kind: str = "parity", **changes: Any) -> Path:
+    """Write a tiny checkpoint of SevenNet with random weights, as the package itself builds and stores one."""
+    import sevenn
+    import torch
+    from sevenn._const import DEFAULT_E3_EQUIVARIANT_MODEL_CONFIG
+    from sevenn.model_build import build_E3_equivariant_model
+
+    n = 4
+    shifts = [[-1.25 - 0.5 * i - 0.125 * m for i in range(n)] for m in range(2)]
+    config = {
+        **DEFAULT_E3_EQUIVARIANT_MODEL_CONFIG, "version": sevenn.__version__, "_number_of_species": n, "cutoff": CUTOFF,
+        "weight_nn_hidden_neurons": [5], "conv_denominator": [3.0, 4.0, 5.0], "scale": 1.375,
+        "shift": shifts if kind == "modal" else shifts[0], **SEVENNETS[kind], **changes,
+    }  # fmt: skip
+    torch.manual_seed(4)
+    model = build_E3_equivariant_model(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                parameter.add_((0.01 if "coeffs" in name else 0.2) * torch.randn_like(parameter))
+    torch.save({"config": config, "model_state_dict": model.state_dict(), "epoch": 1}, path)
+    return path

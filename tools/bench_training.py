@@ -216,12 +216,21 @@ def run(dataset: str, entry: str, minutes: float, seed: int, log: Path, measure_
     trainer, batch, options = ENTRIES[dataset][entry]
     interpreter(trainer)
     data = export(dataset, RUNS / "frames" / dataset)
-    folder = RUNS / f"{dataset}-{entry}-{minutes:g}min-seed{seed}"
-    folder.mkdir(parents=True, exist_ok=True)
     if trainer == "mffm":
         recipe = bake_off.CONFIGS / f"{dataset}.yaml"
         store = make_store(dataset)
         options = {"recipe": str(recipe), "changes": [*options["changes"], f"data.store={store}", "train.keep=2"]}
+    follow(dataset, entry, (trainer, batch, options), data, minutes, seed, log, measure_only)
+
+
+def follow(
+    dataset: str, entry: str, how: tuple[str, int, dict[str, Any]], data: dict[str, Any], minutes: float, seed: int,
+    log: Path, measure_only: bool = False,
+) -> None:  # fmt: skip
+    """Do what ``run`` does on data as ``export`` gives them; how: trainer, frames a step, its options."""
+    trainer, batch, options = how
+    folder = RUNS / f"{dataset}-{entry}-{minutes:g}min-seed{seed}"
+    folder.mkdir(parents=True, exist_ok=True)
     job = {
         "folder": str(folder), "marks": sorted({m for m in MARKS if m < minutes} | {minutes}), "seed": seed,
         "train": data["train"], "val": data["val"], "n_train": data["n_train"], "symbols": data["symbols"],

@@ -63,7 +63,7 @@ def release(
         path = Path(source)
     else:
         path = save(source, target, weights, fidelity, _store_of(source, store, weights) if uncertainty else None)
-    _show_written(path)
+    show_written(path)
     if push is not None:
         say(f"pushed: {hub.push(path, push, public, revision)}")
 
@@ -76,7 +76,8 @@ def _store_of(source: str, store: Path | None, weights: str) -> "Store":
     return Store(store or Path(data.get("store", "")), data.get("layers"))
 
 
-def _show_written(path: Path) -> None:
+def show_written(path: Path) -> None:
+    """Say what a release consists of, after it was loaded once."""
     from mffm.release import NOT_CONSERVATIVE, load
 
     loaded = load(path)

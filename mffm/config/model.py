@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Discriminator, Field, Tag, model_validator
 
 from mffm.config.base import Schema
+from mffm.config.foreign import SevennetConfig
 
 # Named sizes of the density backbone; docs/backbone.md says what each costs. Releases hold name and values: keep both.
 SIZES: dict[str, dict[str, int]] = {
@@ -99,7 +100,10 @@ def _backbone_kind(value: object) -> str:
 
 
 BackboneConfig = Annotated[
-    Annotated[DensityConfig, Tag("density")] | Annotated[EscnConfig, Tag("escn")], Discriminator(_backbone_kind)
+    Annotated[DensityConfig, Tag("density")]
+    | Annotated[EscnConfig, Tag("escn")]
+    | Annotated[SevennetConfig, Tag("sevennet")],
+    Discriminator(_backbone_kind),
 ]
 
 
@@ -179,6 +183,13 @@ class ModelConfig(Schema):
 
     @model_validator(mode="after")
     def _checks(self) -> "ModelConfig":
+        if isinstance(self.backbone, SevennetConfig):
+            if self.forces == "direct":
+                raise ValueError("sevennet has features of degree 0 alone: its forces are conservative")
+            if self.conditioning.kind == "film":
+                raise ValueError(
+                    "conditioning.kind: film scales scalars, which sevennet lets shift alone: onehot, embedding"
+                )
         if self.forces == "conservative":
             if self.direct != DirectConfig():
                 raise ValueError("`direct` belongs to forces: direct; these are conservative")

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mffm.config.model import DensityConfig
+from mffm.config.model import DensityConfig, EscnConfig
 from mffm.data.records import Geometry
 from mffm.deploy.at_fidelity import AtFidelity
 from mffm.errors import InputError
@@ -82,7 +82,9 @@ class TorchSimModel(ModelInterface):
     def takes_charge_and_spin(self) -> bool:
         """Whether predictions depend on them."""
         backbone = self.at.spec.model.backbone
-        return not isinstance(backbone, DensityConfig) or backbone.charge_and_spin
+        if isinstance(backbone, DensityConfig):
+            return backbone.charge_and_spin
+        return isinstance(backbone, EscnConfig)
 
     def forward(self, state: Any, **_: Any) -> dict[str, Tensor]:
         """Return the predictions of a state (or of a mapping with its fields); nothing in it is changed."""

@@ -32,6 +32,9 @@ class Conditioning(nn.Module):
 
     Args:
         sites: name → width, as the backbone declares them.
+
+    Attributes:
+        sites: those of this kind, in the order of the columns.
     """
 
     def __init__(self, config: ConditioningConfig, n_fidelities: int, sites: Mapping[str, int]):
@@ -39,13 +42,13 @@ class Conditioning(nn.Module):
         self.config = config
         self.n_fidelities = n_fidelities
         places = SITES.get(config.kind, ())
-        self._sites = {name: width for name, width in sites.items() if name.rpartition(".")[2] in places}
-        total = sum(self._sites.values())
+        self.sites = {name: width for name, width in sites.items() if name.rpartition(".")[2] in places}
+        total = sum(self.sites.values())
         self.table: nn.Parameter | None = None
         self.linear: nn.Parameter | None = None
         if config.kind == "onehot":
             # e3nn scales a one-hot's weights by the width of the whole input; of the order of the output's here.
-            self.table = nn.Parameter(torch.randn(n_fidelities, total) / sqrt(max(self._sites.values())))
+            self.table = nn.Parameter(torch.randn(n_fidelities, total) / sqrt(max(self.sites.values())))
         elif config.kind != "none":
             outputs = total * (2 if config.kind == "film" else 1)
             self.table = nn.Parameter(torch.randn(n_fidelities, config.dim))
@@ -65,9 +68,9 @@ class Conditioning(nn.Module):
         # A product with the one-hot is a gather whose gradient needs no atomics.
         known = torch.arange(self.n_fidelities, device=fidelity_idx.device)
         values = (fidelity_idx.unsqueeze(-1) == known).to(rows.dtype) @ rows
-        widths = list(self._sites.values())
+        widths = list(self.sites.values())
         if self.config.kind == "film":
             parts = values.split(widths + widths, dim=-1)
             pairs = zip(parts[: len(widths)], parts[len(widths) :], strict=True)
-            return dict(zip(self._sites, pairs, strict=True))
-        return {name: (None, shift) for name, shift in zip(self._sites, values.split(widths, dim=-1), strict=True)}
+            return dict(zip(self.sites, pairs, strict=True))
+        return {name: (None, shift) for name, shift in zip(self.sites, values.split(widths, dim=-1), strict=True)}

@@ -84,6 +84,14 @@ class Backbone(Protocol):
         """Do the dense products on atoms in another dtype in training; None: in the weights' own."""
         ...
 
+    def check(self, batch: Batch) -> None:
+        """Refuse what the backbone was not made for.
+
+        Raises:
+            InputError: a charge, a spin multiplicity or an element.
+        """
+        ...
+
 
 class EdgeBasis(NamedTuple):
     """What depends on edge vectors alone; computed once per step.

@@ -91,6 +91,9 @@ class EscnBackbone(nn.Module):
         if dtype is not None:
             raise InputError("train.precision: bfloat16 is for the density backbone; set float32 or tf32 with escn")
 
+    def check(self, batch: Batch) -> None:
+        """Refuse nothing."""
+
     def equivariant_only(self) -> set[str]:
         """Return the names of the parameters that ``l_out`` 1 adds: none."""
         return set()

@@ -12,7 +12,6 @@ from mffm.config.model import ConditioningConfig, ModelConfig
 from mffm.edges import Edges
 from mffm.errors import InputError, known
 from mffm.models.contraction import sum_over_received, sum_over_sent
-from mffm.models.density import DensityBackbone
 from mffm.models.terms import LearnedTerm, TermOutput
 from mffm.models.zbl import Zbl
 
@@ -169,7 +168,7 @@ class Potential(nn.Module):
         """Refuse what the potential was not made for; ``forward`` does it but for blocks, whose maker has done it.
 
         Raises:
-            InputError: a fidelity index, a charge, a spin or a dtype that the potential does not have.
+            InputError: a fidelity index, a charge, a spin, an element or a dtype that the potential does not have.
         """
         lowest, highest = (int(value) for value in batch.fidelity_idx.aminmax())
         if lowest < 0 or highest >= len(self.fidelities):
@@ -183,8 +182,7 @@ class Potential(nn.Module):
                 f"batch in {batch.edge_vectors.dtype}, potential in {own}: "
                 f"collate with dtype={own} or convert the potential"
             )
-        if isinstance(self.learned.backbone, DensityBackbone):
-            self.learned.backbone.check(batch)
+        self.learned.backbone.check(batch)
 
     @torch.no_grad()
     def last_inputs(self, batch: Batch) -> Tensor:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from mffm.batch import Batch
 from mffm.blocks import Blocks
+from mffm.config.foreign import SevennetConfig
 from mffm.config.model import DensityConfig, EscnConfig, ModelConfig
 from mffm.models.conditioning import Conditioning
 from mffm.models.density import DensityBackbone
@@ -16,6 +17,7 @@ from mffm.models.heads import Heads
 
 if TYPE_CHECKING:
     from mffm.models.escn import EscnBackbone
+    from mffm.models.foreign import SevennetBackbone
 
 
 @dataclass(slots=True)
@@ -53,11 +55,15 @@ class Term(Protocol):
 
 
 def make_backbone(
-    config: DensityConfig | EscnConfig, avg_neighbors: float, l_out: int = 0
-) -> "DensityBackbone | EscnBackbone":
-    """Return the backbone of a configuration; fairchem is imported only for its own."""
+    config: DensityConfig | EscnConfig | SevennetConfig, avg_neighbors: float, l_out: int = 0
+) -> "DensityBackbone | EscnBackbone | SevennetBackbone":
+    """Return the backbone of a configuration; fairchem and sevenn are imported only for their own."""
     if isinstance(config, DensityConfig):
         return DensityBackbone(config, avg_neighbors, l_out)
+    if isinstance(config, SevennetConfig):
+        from mffm.models.foreign import SevennetBackbone
+
+        return SevennetBackbone(config, avg_neighbors, l_out)
     from mffm.models.escn import EscnBackbone
 
     return EscnBackbone(config, avg_neighbors, l_out)

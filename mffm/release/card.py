@@ -38,8 +38,7 @@ def card(name: str, path: str, spec: PotentialSpec, n_parameters: int, metrics: 
         "",
         f"# {name}",
         "",
-        f"An interatomic potential trained with mffm {provenance.get('mffm', __version__)} on several levels of "
-        f"theory at once. {n_parameters:,} parameters, cutoff {spec.model.backbone.cutoff:g} Å.",
+        f"{_origin(provenance)} {n_parameters:,} parameters, cutoff {spec.model.backbone.cutoff:g} Å.",
         "",
         *([f"**{NOT_CONSERVATIVE.capitalize()}.**", ""] if spec.model.forces == "direct" else []),
         *(
@@ -53,11 +52,28 @@ def card(name: str, path: str, spec: PotentialSpec, n_parameters: int, metrics: 
         "`mffm inspect --check` compares every file with `manifest.json`, and predictions with the reference outputs.",
         "",
         *_fidelities(spec),
-        *_errors(metrics),
+        *_errors(provenance, metrics),
         *_data(provenance),
+        *_needs(spec),
         *_references(spec),
     ]
     return "\n".join(lines) + "\n"
+
+
+def _origin(provenance: Mapping[str, Any]) -> str:
+    """Return who trained what, in a sentence."""
+    converted = provenance.get("converted")
+    if converted:
+        return (
+            f"An interatomic potential converted from `{converted['from']}` with {converted['package']} and mffm "
+            f"{provenance.get('mffm', __version__)}; it predicts what the original does."
+        )
+    base = provenance.get("start_from", {}).get("provenance", {}).get("converted")
+    start = f", from the weights of `{base['from']}`" if base else ""
+    return (
+        f"An interatomic potential trained with mffm {provenance.get('mffm', __version__)} on several levels of theory "
+        f"at once{start}."
+    )
 
 
 def _example(path: str, spec: PotentialSpec) -> list[str]:
@@ -138,7 +154,9 @@ def _fidelities(spec: PotentialSpec) -> list[str]:
     return [*lines, ""]
 
 
-def _errors(metrics: Mapping[str, Any]) -> list[str]:
+def _errors(provenance: Mapping[str, Any], metrics: Mapping[str, Any]) -> list[str]:
+    if not metrics and "converted" in provenance:
+        return []
     if not metrics:
         return ["## Errors", "", "None measured: run `mffm evaluate` on the run before the release.", ""]
     lines = ["## Errors", "", "| split | fidelity | property | MAE | RMSE | labels |", "|---|---|---|---|---|---|"]
@@ -152,13 +170,18 @@ def _errors(metrics: Mapping[str, Any]) -> list[str]:
 def _data(provenance: Mapping[str, Any]) -> list[str]:
     lines = ["## Data", "", "| source | licence | citation |", "|---|---|---|"]
     lines += [_row(s.get("name"), s.get("licence"), s.get("citation", "")) for s in licence_chain(provenance)]
+    store = provenance.get("store_fingerprint")
     return [
         *lines,
         "",
-        f"Store fingerprint `{provenance.get('store_fingerprint', '')}`. The weights inherit the obligations of "
-        "these licences.",
+        f"{f'Store fingerprint `{store}`. ' if store else ''}The weights inherit the obligations of these licences.",
         "",
     ]
+
+
+def _needs(spec: PotentialSpec) -> list[str]:
+    extra = {"escn": "fairchem", "sevennet": "sevennet"}.get(spec.model.backbone.kind)
+    return [f"Its backbone is computed by another package: `pip install 'mffm[{extra}]'`.", ""] if extra else []
 
 
 def _references(spec: PotentialSpec) -> list[str]:

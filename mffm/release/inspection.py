@@ -30,7 +30,7 @@ def facts(loaded: Loaded) -> dict[str, str]:
     """Return what a reader wants to know first, name → text, in order."""
     spec, model, contents = loaded.spec, loaded.spec.model, loaded.contents
     provenance = spec.provenance
-    release = provenance.get("release", {})
+    release, converted = provenance.get("release", {}), provenance.get("converted")
     found = {
         "form": "a run's folder" if contents is None else "single file" if contents.is_single_file else "folder",
         "format version": "" if contents is None else str(contents.version),
@@ -44,8 +44,9 @@ def facts(loaded: Loaded) -> dict[str, str]:
         "conditioning, heads": f"{model.conditioning.kind}, {model.heads.kind}",
         "forces": "conservative" if loaded.potential.is_conservative else "direct: not conservative",
         "further terms": ", ".join([*(["ZBL"] if model.zbl else []), *(f"DFT-D3 at {n}" for n in model.d3)]),
-        "trained with": f"mffm {provenance.get('mffm')}, torch {provenance.get('torch')}",
-        "store": f"{provenance.get('store')} {provenance.get('store_fingerprint')}",
+        "converted from": f"{converted['from']}, {converted['package']}" if converted else "",
+        "trained with": "" if converted else f"mffm {provenance.get('mffm')}, torch {provenance.get('torch')}",
+        "store": "" if converted else f"{provenance.get('store')} {provenance.get('store_fingerprint')}",
         "plan": str(provenance.get("plan_fingerprint", "")),
         "training log": str(release.get("training_log_sha256") or ""),
         "fine-tuned from": str(provenance.get("start_from", {}).get("path", "")),

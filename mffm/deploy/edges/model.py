@@ -10,7 +10,7 @@ import torch
 from ase.data import atomic_numbers, chemical_symbols
 from torch import Tensor
 
-from mffm.config.model import DensityConfig
+from mffm.config.model import DensityConfig, EscnConfig
 from mffm.deploy.at_fidelity import DTYPES, AtFidelity
 from mffm.deploy.edges.form import EdgeForm, EdgeValues
 from mffm.errors import InputError
@@ -176,7 +176,7 @@ class EdgeModel:
 
 def layers_of(config: Any) -> int:
     """Return how many edges away an atom of a backbone sees."""
-    return config.layers if isinstance(config, DensityConfig) else config.layers + 1  # eSCN-MD embeds edges first
+    return config.layers + 1 if isinstance(config, EscnConfig) else config.layers  # eSCN-MD embeds edges first
 
 
 def form_of(at: AtFidelity, charge: int = 0, spin_multiplicity: int = 0) -> tuple[EdgeForm, Description]:

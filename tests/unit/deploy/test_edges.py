@@ -285,6 +285,20 @@ def test_escn_equals_the_calculator_and_can_be_exported(tmp_path: Path):
     assert_equal_to_the_calculator(export(loaded, tmp_path / "escn.pt2", "pbe"), loaded, 1e-10)  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
+def test_sevennet_equals_the_calculator_and_can_be_exported(tmp_path: Path):
+    pytest.importorskip("sevenn")
+    backbone = {
+        "kind": "sevennet", "cutoff": 3.5, "elements": ["Au", "C", "Cu", "H", "O"], "envelope_from": None,
+        "n_radial": 4, "irreps": ["4x0e", "4x0e+2x1e", "4x0e"], "lmax": 1, "radial_hidden": [4],
+        "denominators": [3.0, 3.0], "self_connections": ["nequip", "linear"],
+    }  # fmt: skip
+    loaded = bare({"backbone": backbone}, {"H": -1.0, "C": -3.0, "O": -2.0, "Cu": -4.0, "Au": -5.0})
+    assert of_release(loaded, "pbe").description.n_layers == 2
+    assert_equal_to_the_calculator(of_release(loaded, "pbe"), loaded, 1e-10)  # type: ignore[arg-type]
+    assert_equal_to_the_calculator(export(loaded, tmp_path / "sevennet.pt2", "pbe"), loaded, 1e-10)  # type: ignore[arg-type]
+
+
 def test_the_command_says_what_is_missing(exported: Path, tmp_path: Path):
     from mffm.cli.export import export as command
 

@@ -24,9 +24,15 @@ BACKBONES = {
     "linear": {"radial_hidden": 0, "body_order": 3},
     "single": {"lmax": 4, "l_message": 0, "layers": 1},
     "escn": {"kind": "escn", "lmax": 2, "mmax": 1, "sphere_channels": 8, "hidden_channels": 6, "n_radial": 8},
-}
+    "sevennet": {
+        "kind": "sevennet", "elements": ["C", "H", "O", "Si"], "parity": True, "envelope_from": None, "n_radial": 4,
+        "irreps": ["4x0e", "4x0e+2x1o+2x2e", "4x0e"], "radial_hidden": [6], "denominators": [3.0, 4.0],
+        "self_connections": ["nequip", "linear"],
+        "modalities": 2, "modal_sites": ["embed", "send", "receive", "output"],
+    },
+}  # fmt: skip
 TINY = {"cutoff": CUTOFF, "channels": 8, "edge_channels": 4, "radial_hidden": 8, "n_radial": 4}
-TINY_ESCN = {"cutoff": CUTOFF, "edge_channels": 4}
+TINY_FOREIGN = {"escn": {"cutoff": CUTOFF, "edge_channels": 4}, "sevennet": {"cutoff": CUTOFF}}
 
 
 def edges(
@@ -145,7 +151,7 @@ def make_config(
     backbone: str = "default", conditioning: str = "none", heads: str = "shared", zero_init: bool = False
 ) -> ModelConfig:
     return ModelConfig(
-        backbone={**(TINY_ESCN if backbone == "escn" else TINY), **BACKBONES[backbone]},
+        backbone={**TINY_FOREIGN.get(backbone, TINY), **BACKBONES[backbone]},
         conditioning=ConditioningConfig(kind=conditioning, dim=3, zero_init=zero_init),
         heads=HeadsConfig(kind=heads, hidden=[6], base="pbe" if heads == "delta" else None),
     )
@@ -186,8 +192,11 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         kinds = itertools.product(
             BACKBONES, ("none", "onehot", "embedding", "film"), ("shared", "independent", "delta")
         )
-        some = {("none", "shared"), ("onehot", "delta"), ("film", "independent")}  # they meet escn at its ends only
-        chosen = [kind for kind in kinds if kind[0] != "escn" or kind[1:] in some]
+        some = {  # they meet these backbones at their ends only
+            "escn": {("none", "shared"), ("onehot", "delta"), ("film", "independent")},
+            "sevennet": {("none", "shared"), ("onehot", "delta"), ("embedding", "independent")},
+        }
+        chosen = [kind for kind in kinds if kind[0] not in some or kind[1:] in some[kind[0]]]
         metafunc.parametrize("potential", chosen, indirect=True, ids="-".join)
 
 

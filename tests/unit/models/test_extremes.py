@@ -9,7 +9,7 @@ import torch
 from mffm.data.loader import pack
 from mffm.models.potential import Potential
 
-BACKBONES = ("default", "invariant", "quartic", "linear", "single", "escn")
+BACKBONES = ("default", "invariant", "quartic", "linear", "single", "escn", "sevennet")
 
 
 @pytest.mark.parametrize("backbone", BACKBONES)
