@@ -82,7 +82,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
     except (OSError, EOFError, UnpicklingError, AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(f"{path}: not a checkpoint that this version of sevenn reads: {reason}") from error
-    parts = dict(model.named_children())
+    parts: dict[str, Any] = dict(model.named_children())
     if READOUT not in parts:
         raise InputError(f"{path}: its readout is an MLP (readout_as_fcn); the adapter covers the linear one")
     modal = options.get(KEY.MODAL_MAP) if options.get(KEY.USE_MODALITY) else None

@@ -189,9 +189,10 @@ def _compared(loaded: Loaded, checkpoint: "Checkpoint", source: str) -> dict[str
     from sevenn.calculator import SevenNetCalculator
 
     structures = [outputs.make_structures(loaded.spec)[i] for i in _COMPARED]
+    model: Any = checkpoint.model
     found: dict[str, float] = {}
     for name, modality in zip(loaded.fidelities.names, checkpoint.modalities or (None,), strict=True):
-        calculator = SevenNetCalculator(checkpoint.model, "model_instance", device="cpu", modal=modality)
+        calculator = SevenNetCalculator(model, "model_instance", device="cpu", modal=modality)
         double = outputs.predict(loaded.potential.double(), loaded.spec, structures, name)
         single = outputs.predict(loaded.potential.float(), loaded.spec, structures, name)
         for i, (structure, exact, ours) in enumerate(zip(structures, double, single, strict=True)):
