@@ -61,6 +61,15 @@ def parity(path: Path, panels: Sequence[Panel], heading: str = "") -> None:
     plt.close(figure)
 
 
+def _plain_numbers(scale: Any, subs: Sequence[float] = (1, 2, 5)) -> None:
+    """Label a logarithmic axis of few decades with numbers as one says them."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    scale.set_major_locator(LogLocator(subs=subs))
+    scale.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    scale.set_minor_formatter(NullFormatter())
+
+
 def calibration(path: Path, panels: Mapping[str, tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, str]]) -> None:
     """Write one figure, a column for each title: errors against standard deviations above, coverage below.
 
@@ -68,8 +77,6 @@ def calibration(path: Path, panels: Mapping[str, tuple[np.ndarray, np.ndarray, n
         panels: title → standard deviations [n] and absolute errors [n]; levels [m] and observed coverage [m]; the unit
             of the first two.
     """
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
-
     plt = _pyplot()
     size = (3.4 * len(panels), 6.2)
     figure, axes = plt.subplots(2, len(panels), figsize=size, squeeze=False, layout="constrained")
@@ -82,9 +89,7 @@ def calibration(path: Path, panels: Mapping[str, tuple[np.ndarray, np.ndarray, n
         above.set_xscale("log")
         above.set_yscale("log")
         for scale in (above.xaxis, above.yaxis):
-            scale.set_major_locator(LogLocator(subs=(1, 2, 5)))
-            scale.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-            scale.set_minor_formatter(NullFormatter())
+            _plain_numbers(scale)
         above.set_title(title, fontsize=9)
         above.set_xlabel(f"standard deviation, {unit}")
         above.set_ylabel(f"absolute error, {unit}")
@@ -174,7 +179,6 @@ def errors_at_time(
     dot is the end of a schedule.
     """
     from matplotlib.lines import Line2D
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     plt = _pyplot()
     columns = min(len(panels), 3)
@@ -196,9 +200,7 @@ def errors_at_time(
         axis.set_xscale("log")
         axis.set_yscale("log")
         for scale, steps in ((axis.xaxis, (1, 2, 5)), (axis.yaxis, (1, 2, 3, 5, 7))):
-            scale.set_major_locator(LogLocator(subs=steps))
-            scale.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-            scale.set_minor_formatter(NullFormatter())
+            _plain_numbers(scale, steps)
         axis.set_xlabel("CPU minutes, one thread")
         axis.set_ylabel(ylabel)
     for axis in axes.flat[len(panels) :]:
@@ -336,6 +338,8 @@ def histograms(path: Path, panels: Sequence[tuple[str, Mapping[str, np.ndarray],
             axis.hist(np.clip(values, low, high), edges, histtype="step", linewidth=1.2, color=color, label=name)
         if logarithmic:
             axis.set_xscale("log")
+            if high < 1e3 * low:
+                _plain_numbers(axis.xaxis)
         axis.set_yscale("log")
         axis.set_ylim(bottom=0.5)
         axis.set_xlabel(xlabel)
@@ -400,8 +404,6 @@ def radar(path: Path, axes_names: Sequence[str], lines: Mapping[str, Sequence[fl
 def points_by_name(path: Path, names: Sequence[str], panels: Sequence[tuple[str, Sequence[Sequence[float]]]]) -> None:
     """Draw values of named things, logarithmic, a panel for each (title, values of each name): a dot a value."""
     plt = _pyplot()
-    from matplotlib.ticker import NullFormatter
-
     figure, axes = plt.subplots(
         1, len(panels), figsize=(1.5 + 2.6 * len(panels), 0.8 + 0.3 * len(names)), sharey=True, layout="constrained"
     )
@@ -409,7 +411,7 @@ def points_by_name(path: Path, names: Sequence[str], panels: Sequence[tuple[str,
         for i, own in enumerate(values):
             axis.plot(own, [i] * len(own), "o", color=COLORS[0], alpha=0.7)
         axis.set_xscale("log")
-        axis.xaxis.set_minor_formatter(NullFormatter())
+        _plain_numbers(axis.xaxis)
         axis.set_title(title, fontsize=9)
         axis.grid(axis="x", alpha=0.3)
         axis.set_yticks(range(len(names)), names)
