@@ -56,8 +56,7 @@ def add(
         references = refit_references(before, opened, rows, name, parent)
         how = f"fitted on {len(rows)} labels of {opened.path.name} minus the predictions at {parent!r}"
         after = edit.add(before, fidelity, parent, references, how)
-    called = {n: n for n in before.fidelities.names}
-    _written(edit.save_edited(before, after, output, called, f"added {name!r} from {parent!r}"))
+    _written(edit.save_edited(before, after, output, f"added {name!r} from {parent!r}"))
 
 
 @app.command()
@@ -72,9 +71,8 @@ def copy(
 
     before = load(release)
     edit.require_release(before)
-    called = {**{n: n for n in before.fidelities.names}, new: old}
     after = edit.copy(before, old, new)
-    _written(edit.save_edited(before, after, output, called, f"copied {old!r} as {new!r}"))
+    _written(edit.save_edited(before, after, output, f"copied {old!r} as {new!r}", {new: old}))
 
 
 @app.command()
@@ -89,9 +87,8 @@ def rename(
 
     before = load(release)
     edit.require_release(before)
-    called = {new if n == old else n: n for n in before.fidelities.names}
     after = edit.rename(before, old, new)
-    _written(edit.save_edited(before, after, output, called, f"renamed {old!r} to {new!r}"))
+    _written(edit.save_edited(before, after, output, f"renamed {old!r} to {new!r}", {new: old}))
 
 
 @app.command()
@@ -105,9 +102,8 @@ def drop(
 
     before = load(release)
     edit.require_release(before)
-    called = {n: n for n in before.fidelities.names if n != name}
     after = edit.drop(before, name)
-    _written(edit.save_edited(before, after, output, called, f"dropped {name!r}"))
+    _written(edit.save_edited(before, after, output, f"dropped {name!r}"))
 
 
 def _written(path: Path) -> None:

@@ -167,17 +167,21 @@ def require_same(before: Loaded, after: Loaded, called: Mapping[str, str]) -> No
     outputs.refuse_differences(found, expected, str(after.path))
 
 
-def save_edited(before: Loaded, after: Loaded, target: Path, called: Mapping[str, str], edit: str) -> Path:
+def save_edited(
+    before: Loaded, after: Loaded, target: Path, edit: str, renamed: Mapping[str, str] | None = None
+) -> Path:
     """Write an edited release, whose old fidelities must predict what they did.
 
     Args:
-        called: name after → name before, of the fidelities that keep errors and uncertainty.
         edit: what was done, for the provenance.
+        renamed: name after → name before, of those that had another; they keep errors and uncertainty, too.
 
     Raises:
         InputError: the target exists, or predictions differ.
     """
     container.refuse_existing(target)
+    names = {now: (renamed or {}).get(now, now) for now in after.fidelities.names}
+    called = {now: name for now, name in names.items() if name in before.fidelities}
     require_same(before, after, called)
     record = after.spec.provenance["release"]
     record["edits"] = [*record.get("edits", []), edit]

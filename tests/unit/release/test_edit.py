@@ -90,7 +90,7 @@ def test_an_edit_that_changes_predictions_is_refused(tiny_release: Path, tmp_pat
     with torch.no_grad():
         next(p for n, p in after.potential.named_parameters() if n.endswith("send.weights.0")).add_(1e-3)
     with pytest.raises(InputError, match="predictions differ from the reference outputs"):
-        edit.save_edited(loaded, after, tmp_path / "new", {"gfn2": "gfn2"}, "dropped 'pbe'")
+        edit.save_edited(loaded, after, tmp_path / "new", "dropped 'pbe'")
     assert not (tmp_path / "new").exists()
 
 
