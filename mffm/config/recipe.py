@@ -8,8 +8,8 @@ from mffm.config.base import Schema
 from mffm.config.model import ModelConfig
 from mffm.keys import FORCES, STRESS, Property
 
-NonNegative = Annotated[float, Field(ge=0)]
-Positive = Annotated[float, Field(gt=0)]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Below1 = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -323,6 +323,13 @@ class Recipe(Schema):
 
     @model_validator(mode="after")
     def _checks(self) -> "Recipe":
+        for i, pool in enumerate(self.data.plan.pools):
+            shares = pool.weight if isinstance(pool.weight, dict) else {}
+            if shares and not any(share for step, share in shares.items() if step < self.train.steps):
+                raise ValueError(
+                    f"data.plan.pools.{i}: {pool.fidelity!r} has no weight above 0 in any of the "
+                    f"{self.train.steps} steps (train.steps); leave the pool out, or let it begin earlier"
+                )
         if self.fine_tune is not None and not self.start_from:
             raise ValueError("fine_tune needs start_from, a release or a run: use `mffm finetune RELEASE RECIPE`")
         if self.fine_tune is not None and self.model.forces == "direct":

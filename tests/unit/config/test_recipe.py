@@ -108,3 +108,17 @@ def test_unknown_key_of_a_backbone_lists_that_ones_keys():
     }
     with pytest.raises(InputError, match=r"model\.backbone\.escn\.size: unknown key; .*sphere_channels"):
         validate(Recipe, recipe, "test")
+
+
+def test_a_pool_that_no_step_draws_from_is_refused(tiny_recipe, tmp_path):
+    recipe = tiny_recipe(tmp_path / "store", tmp_path / "run")
+    weights = recipe["data"]["plan"]["pools"]
+    weights[0]["weight"], weights[1]["weight"] = 1.0, {0: 0, 5: 1}
+    validate(Recipe, recipe, "recipe")  # the last of 6 steps
+    weights[1]["weight"] = {0: 0, 6: 1}
+    with pytest.raises(InputError, match=r"data\.plan\.pools\.1: 'pbe' has no weight above 0 in any of the 6 steps"):
+        validate(Recipe, recipe, "recipe")
+    for wrong in (float("inf"), float("nan"), {0: float("nan")}, -1.0):
+        weights[1]["weight"] = wrong
+        with pytest.raises(InputError, match="weight"):
+            validate(Recipe, recipe, "recipe")
