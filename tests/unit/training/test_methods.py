@@ -8,8 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from ase.calculators.calculator import PropertyNotImplementedError
+from safetensors.torch import load_file
 
 LF = {"fidelity": "gfn2", "properties": ["energy", "forces"]}
 HF = {"fidelity": "pbe", "properties": ["energy", "forces"], "max_frames": 20}
@@ -218,3 +220,17 @@ def test_fine_tune_starts_as_its_parent_with_refitted_references(
     at_start = next(r for r in rows(run) if "val/pbe/energy_mae" in r)
     assert at_start["val/pbe/energy_mae"] < 500, "a composition-linear offset would be thousands of meV/atom"
     assert "refitted" in (run / "references.md").read_text()
+
+
+def test_where_a_run_starts_is_a_candidate_for_its_best_weights(
+    runs: dict[str, Path], make_recipe: Callable[..., Path], run_mffm: Callable
+):
+    base = yaml.safe_load((runs["sevennet_mf"] / "recipe.yaml").read_text())
+    recipe = make_recipe(data=base["data"], model=base["model"], start_from=str(runs["sevennet_mf"]), optim={"lr": 0.3})
+    done = run_mffm("train", str(recipe))
+    assert done.returncode == 0, done.stderr
+    assert "best val/loss" in done.stdout
+    run = Path(yaml.safe_load(recipe.read_text())["run"])
+    start, best = (load_file(path / "weights" / "best.safetensors") for path in (runs["sevennet_mf"], run))
+    assert all(torch.equal(start[name], best[name]) for name in start)
+    assert next(row["step"] for row in rows(run) if "val/loss" in row) == 0
