@@ -169,9 +169,8 @@ def train(study: Study, workers: int) -> None:
     Raises:
         InputError: a training failed.
     """
-    rounds = [[study.base_job(s) for s in study.seeds if not study.is_finished("base", s)]] if not study.release else []
-    for jobs in rounds:
-        _run(jobs, workers)
+    if study.release is None:
+        _run([study.base_job(s) for s in study.seeds if not study.is_finished("base", s)], workers)
     for seed in study.seeds:
         if not study.base(seed).exists():
             save(study.run("base", seed), study.base(seed))
