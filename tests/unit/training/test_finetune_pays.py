@@ -52,7 +52,7 @@ def test_fine_tuning_beats_scratch_and_refitted_references_and_replay_keeps_the_
     content = {k: v for k, v in yaml.safe_load(recipe.read_text()).items() if k != "fine_tune"}
     scratch = tmp_path / "scratch.yaml"
     scratch.write_text(yaml.safe_dump({**content, "model": {"backbone": BACKBONE}}))
-    run("train", str(scratch), *overrides("scratch", **{"data.plan.pools": new, "optim.lr": 0.003, "train.steps": 300}))
+    run("train", str(scratch), *overrides("scratch", **{"data.plan.pools": new, "optim.lr": 0.003, "train.steps": 500}))
 
     store, before, tuned = Store(path), load(release), load(tmp_path / "tuned")
     rows = choose(store, store.rows(split="train", fidelity="pbe"), 0, LABELS)
