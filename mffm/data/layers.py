@@ -134,7 +134,9 @@ def publish(
     store: Store, folder: Path, entry: dict[str, Any], fidelities: FidelityTable, source: dict[str, str]
 ) -> None:
     """Move a written layer to its place, then name it in the manifest, with its source and the store's fidelities."""
-    folder.rename(store.path / "layers" / entry["name"])
+    place = store.path / "layers" / entry["name"]
+    shutil.rmtree(place, ignore_errors=True)  # of a start that was killed before the manifest named it
+    folder.rename(place)
     manifest = dict(store.manifest)
     manifest["fidelities"] = fidelities.to_list()
     manifest["layers"] = [*manifest["layers"], entry]

@@ -1,0 +1,154 @@
+"""Labels from calculators: label."""
+
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from mffm.cli.cluster import find_cluster
+from mffm.cli.output import EXIT_INTERRUPTED, say
+from mffm.errors import InputError
+
+if TYPE_CHECKING:
+    from mffm.executor import Executor
+    from mffm.label.publish import Summary
+
+PLAIN_LINE_SECONDS = 30.0
+TASKS = 16  # parts of an array where --tasks does not say
+
+
+class Stopped(BaseException):
+    """SIGINT or SIGTERM."""
+
+
+def label(
+    sources: Annotated[list[Path], typer.Argument(help="a store, or files with structures; any that ASE reads")],
+    level: Annotated[
+        str,
+        typer.Option(
+            help="gfn1, gfn2, spgfn1, spgfn2, pbe, r2scan, wb97x, ccsdt, ccsdt_ae, gpaw_pbe, gpaw_r2scan, "
+            "ase:package.module:factory, or release:FOLDER@fidelity"
+        ),
+    ],
+    fidelity: Annotated[
+        str | None, typer.Option(help="name of the labels' fidelity; the level's where not given")
+    ] = None,
+    layer: Annotated[str | None, typer.Option(help="of a store: name of the label layer; the fidelity's")] = None,
+    out: Annotated[Path | None, typer.Option(help="of files: extxyz to write; <first file>_<fidelity>.extxyz")] = None,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="processes: 1; with --cluster of a task, its cpus_per_task")
+    ] = None,
+    cluster: Annotated[
+        str | None, typer.Option(help="cluster YAML, or the name of one in configs/clusters: an array of SLURM")
+    ] = None,
+    tasks: Annotated[int, typer.Option(min=1, help="with --cluster: tasks of the array")] = TASKS,
+    time_limit: Annotated[float | None, typer.Option(min=0.1, help="seconds that a structure may take")] = None,
+    memory_limit: Annotated[float | None, typer.Option(min=0.1, help="GB that its process may use")] = None,
+    n: Annotated[int | None, typer.Option("--n", min=1, help="label a random subset of this size")] = None,
+    seed: Annotated[int, typer.Option(help="of the subset; a larger one of the same seed contains it")] = 0,
+) -> None:
+    """Compute the labels of another level of theory for structures; the same command goes on after a kill."""
+    from mffm.executor import handling_stops
+    from mffm.label import levels, run
+    from mffm.label.journal import Limits
+    from mffm.label.structures import Source
+    from mffm.label.work import Request
+
+    source = Source.of(sources)
+    name = levels.find(level, fidelity).fidelity.name
+    if source.store is None:
+        _refuse_option("--layer", layer, "a store")
+        out = out or Path(f"{sources[0].stem}_{name}.extxyz")
+    else:
+        _refuse_option("--out", out, "files")
+    request = Request(source, level, fidelity, n, seed)
+    where = layer or name
+    place = run.place_of(request, where, out).resolve()
+    executor, workers = _executor(place, name, cluster, workers)
+    shown = _Progress(name)
+
+    def stop(*_: object) -> None:
+        raise Stopped
+
+    try:
+        with handling_stops(stop), shown:
+            limits = Limits(time_limit, memory_limit)
+            on = None if executor is None else (executor, tasks)
+            done = run.label(request, where, out, workers, limits, shown.update, on)
+    except Stopped:
+        how = "" if executor is None else "; tasks that were submitted go on without it"
+        print(f"interrupted; the same command goes on where it stopped{how}", file=sys.stderr)
+        raise typer.Exit(EXIT_INTERRUPTED) from None
+    if isinstance(done, str):
+        say(done)
+    else:
+        _tell(done, name, shown)
+
+
+def _refuse_option(option: str, value: object, of: str) -> None:
+    if value is not None:
+        raise InputError(f"{option} {value}: is for {of}; leave it out")
+
+
+def _executor(place: Path, name: str, cluster: str | None, workers: int | None) -> "tuple[Executor | None, int]":
+    """Return what runs the tasks on a cluster, None for this machine, and the workers of a task or here."""
+    from launch.commands import CommandArray, refuse_under_way
+
+    if cluster is None:
+        refuse_under_way(place)
+        return None, workers or 1
+    found = find_cluster(cluster)
+    return CommandArray(place, f"label-{name}", found, say=say), workers or found.cpus_per_task
+
+
+def _tell(done: "Summary", name: str, shown: "_Progress") -> None:
+    properties = ", ".join(f"{count:,} {prop}" for prop, count in done.properties.items())
+    say(f"{done.written}: {done.n_labels:,} structures labelled at {name} ({properties}), {done.n_failed:,} failed")
+    if shown.n_now:
+        rate = shown.n_now / shown.seconds
+        say(f"{rate:.3g} structures a second; all labels took {done.cpu_seconds:.3g} CPU seconds")
+    for kind, count in sorted(done.failures.items()):
+        say(f"  {count:,} {kind}")
+    for frame_id, reason in done.examples:
+        say(f"  e.g. {frame_id}: {reason}")
+    if done.n_doubtful:
+        say(f"  {done.n_doubtful:,} labels have a T1 diagnostic above 0.02: one reference is doubtful there")
+    if done.data_yaml is not None:
+        say(f"data YAML: {done.data_yaml}; correct its licence, then: mffm ingest {done.data_yaml}")
+
+
+class _Progress:
+    """A bar on a terminal, elsewhere a line every half minute."""
+
+    def __init__(self, name: str):
+        from mffm.cli.deployed import bar
+
+        self.name, self.n_now = name, 0
+        self._bar = bar()
+        self._task = self._bar.add_task(f"{name} labels", total=None)
+        self._first: int | None = None
+        self._start = self._last_line = time.monotonic()
+
+    def __enter__(self) -> "_Progress":
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self._start
+
+    def update(self, labels: int, failures: int, total: int) -> None:
+        done = labels + failures
+        self._first = done if self._first is None else self._first
+        self.n_now = done - self._first
+        self._bar.update(self._task, completed=done, total=total, description=f"{self.name} labels, {failures} failed")
+        if self._bar.disable and time.monotonic() - self._last_line > PLAIN_LINE_SECONDS:
+            self._last_line = time.monotonic()
+            rate = self.n_now / self.seconds
+            left = f", {(total - done) / rate / 60:.1f} min left" if rate else ""
+            print(f"{done} of {total}, {failures} failed, {rate:.3g} a second{left}", file=sys.stderr, flush=True)

@@ -1,0 +1,1 @@
+"""The codes that compute labels; each imports its own when it is called."""
