@@ -26,6 +26,8 @@ CPU seconds for 8 atoms: gfn1 4.4, pbe 9.7, r2scan 29. OUT has eV, eV/Å and eV/
 ``forces_<level>``, ``stress_<level>`` (Voigt xx yy zz yz xz xy, ASE's sign: negative under compression).
 """
 
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -34,19 +36,15 @@ import numpy as np
 import typer
 from ase import Atoms
 from ase.build import bulk
-from labelling import Job, Label, Level
+from labelling import Job, Level
 
 from mffm.errors import InputError
+from mffm.frame import Frame
+from mffm.label.engines import plane_waves, xtb
+from mffm.label.level import Label
 
-PLANE_WAVE_CUTOFF = 700  # eV
-MESH_SPACING = 0.75  # 1/Å, 2 pi included
 GENERATED_MESH = [2, 2, 2]
-GFN1_LENGTH = 9.0  # Å
 GFN1_ATOMS = 120
-FUNCTIONALS = {"pbe": "PBE", "r2scan": "MGGA_X_R2SCAN+MGGA_C_R2SCAN"}
-
-# Magnetism, +U and hard setups: nothing that these spin-paired settings can do.
-D_AND_F_BLOCK = {*range(21, 31), *range(39, 49), *range(57, 81), *range(89, 104)}
 
 # Experimental lattice constants (Å) of the conventional cubic cells.
 PROTOTYPES: dict[str, dict[str, float]] = {
@@ -151,56 +149,32 @@ def _ordered_cell(structure: str, length: float, cations: list[str], order: np.n
     return cell
 
 
-def mesh(atoms: Atoms) -> list[int]:
-    """Return the k-mesh of a given cell for a spacing of at most 0.75/Å."""
-    lengths = 2 * np.pi * np.linalg.norm(atoms.cell.reciprocal(), axis=1)
-    return [max(1, int(np.ceil(length / MESH_SPACING))) for length in lengths]
-
-
 def repeats(atoms: Atoms) -> np.ndarray:
     """Return how often each cell vector is repeated for a Gamma-only level: to >= 9 Å, at most 120 atoms."""
-    lengths, n = atoms.cell.lengths(), np.ones(3, int)
-    while (lengths * n).min() < GFN1_LENGTH:
-        shortest = int(np.argmin(lengths * n))
-        if np.prod(n) // n[shortest] * (n[shortest] + 1) * len(atoms) > GFN1_ATOMS:
-            break
-        n[shortest] += 1
-    return n
+    return xtb.repeats(atoms.cell.lengths(), len(atoms), GFN1_ATOMS)
 
 
-def gfn1(frame: Atoms) -> Label:
-    """GFN1-xTB on the repeated cell, per given cell; always a new calculator."""
-    from tblite.ase import TBLite
-
-    n = repeats(frame)
-    atoms = Atoms(frame.numbers, frame.positions, cell=frame.cell, pbc=True).repeat(n)
-    atoms.calc = TBLite(method="GFN1-xTB", verbosity=0)
-    energy = atoms.get_potential_energy() / np.prod(n)
-    return Label(energy, atoms.get_forces()[: len(frame)], atoms.get_stress(), {"gfn1_repeat": n})
+def _frame(atoms: Atoms) -> Frame:
+    return Frame(atoms.numbers.astype(np.uint8), atoms.positions, atoms.cell.array, np.ones(3, bool))
 
 
-def density_functional(frame: Atoms, name: str) -> Label:
-    """GPAW; raises KohnShamConvergenceError by itself where the density does not converge."""
-    from gpaw import GPAW, PW, FermiDirac
+def gfn1(atoms: Atoms) -> Label:
+    """GFN1-xTB on the repeated cell, per given cell."""
+    n = repeats(atoms)
+    return replace(xtb.repeated(_frame(atoms), "GFN1-xTB", n), info={"gfn1_repeat": n})
 
-    k = [int(i) for i in frame.info.get("kmesh", mesh(frame))]
-    atoms = Atoms(frame.numbers, frame.positions, cell=frame.cell, pbc=True)
-    atoms.calc = GPAW(
-        mode=PW(PLANE_WAVE_CUTOFF),
-        xc=FUNCTIONALS[name],
-        kpts={"size": k, "gamma": False},
-        occupations=FermiDirac(0.05),
-        txt=None,
-        convergence={"energy": 1e-5, "density": 1e-5},
-        maxiter=120,
-    )
-    return Label(atoms.get_potential_energy(), atoms.get_forces(), atoms.get_stress(), {"kmesh": np.array(k)})
+
+def density_functional(atoms: Atoms, name: str) -> Label:
+    """GPAW, on the frame's mesh where it has one."""
+    k = atoms.info.get("kmesh")
+    label = plane_waves.label(_frame(atoms), name, None if k is None else [int(i) for i in k])
+    return replace(label, info={"kmesh": np.array(label.info["kmesh"])})
 
 
 LEVELS = {
     "gfn1": Level(("tblite.ase",), gfn1),
-    "pbe": Level(("gpaw",), lambda frame: density_functional(frame, "pbe")),
-    "r2scan": Level(("gpaw",), lambda frame: density_functional(frame, "r2scan")),
+    "pbe": Level(("gpaw",), partial(density_functional, name="pbe")),
+    "r2scan": Level(("gpaw",), partial(density_functional, name="r2scan")),
 }
 
 
@@ -215,7 +189,7 @@ def reason_to_leave_out(frame: Atoms, max_atoms: int, max_z: int, max_volume: fl
         return "not periodic in three directions"
     if len(frame) > max_atoms:
         return f"more than {max_atoms} atoms"
-    if frame.numbers.max() > max_z or D_AND_F_BLOCK & set(frame.numbers.tolist()):
+    if frame.numbers.max() > max_z or plane_waves.D_AND_F_BLOCK & set(frame.numbers.tolist()):
         return f"an element beyond Z = {max_z} or of the d and f blocks"
     if frame.cell.volume > max_volume or frame.cell.volume / len(frame) <= 4:
         return f"volume above {max_volume} Å^3, or not above 4 Å^3 per atom"

@@ -16,27 +16,22 @@ CPU seconds for 3, 6, 9 and 12 atoms: pbe 0.7, 1.9, 4.1, 7.3; ccsdt 0.4, 2.0, 6.
 milliseconds. OUT has eV and eV/Å under ``energy_<level>`` and ``forces_<level>``, and the info of GEOMETRIES.
 """
 
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import labelling
 import numpy as np
 import typer
 from ase import Atoms
-from ase.units import Bohr, Hartree
-from labelling import Job, Label, Level, NotConverged
+from labelling import Job, Level
 
 from mffm.errors import InputError
-
-HEAVIEST_FROZEN_CORE = 10  # up to neon, one core orbital for every atom but H and He
-HEAVIEST_ALL_ELECTRON = 36  # beyond krypton def2-SVP needs an effective core potential, which is not set here
-
-# functional, basis, Cartesian d functions, grid level
-FUNCTIONALS = {
-    "pbe": ("PBE", "def2-svp", False, 2),
-    "r2scan": ("R2SCAN", "def2-svp", False, 3),
-    "wb97x": ("wB97X", "6-31g*", True, 2),
-}
+from mffm.frame import Frame
+from mffm.label.engines import quantum, xtb
+from mffm.label.level import Label
 
 
 def charge(frame: Atoms) -> int:
@@ -50,91 +45,33 @@ def multiplicity(frame: Atoms) -> int:
     return 1
 
 
-def xtb(frame: Atoms, method: str) -> Label:
-    """GFN1- or GFN2-xTB. Always a new calculator: a used one starts from its last wavefunction (2e-4 eV/Å)."""
-    from tblite.ase import TBLite
+def level(module: str, compute: Callable[[Frame], Label], refuse: Callable[[Frame], str]) -> Level:
+    """Return a level of mffm.label for frames of these files."""
 
-    atoms = Atoms(frame.numbers, frame.positions)
-    atoms.calc = TBLite(method=method, charge=charge(frame), verbosity=0)
-    return Label(atoms.get_potential_energy(), atoms.get_forces())
+    def computed(atoms: Atoms) -> Label:
+        frame = Frame(atoms.numbers.astype(np.uint8), atoms.positions, np.zeros((3, 3)), np.zeros(3, bool))
+        frame.charge, frame.spin_multiplicity = charge(atoms), multiplicity(atoms)
+        reason = refuse(frame)
+        if reason:
+            raise InputError(reason)
+        return compute(frame)
 
-
-def _molecule(frame: Atoms, basis: str, cart: bool = False, heaviest: int = HEAVIEST_ALL_ELECTRON) -> Any:
-    from pyscf import gto, lib
-
-    lib.num_threads(1)
-    if frame.numbers.max() > heaviest:
-        raise InputError(
-            f"element {frame.numbers.max()} with {basis}: this level is set up for elements up to {heaviest}"
-        )
-    geometry = [(symbol, tuple(p)) for symbol, p in zip(frame.symbols, frame.positions, strict=True)]
-    return gto.M(atom=geometry, basis=basis, cart=cart, charge=charge(frame), verbose=0)
+    return Level((module,), computed)
 
 
-def density_functional(frame: Atoms, name: str) -> Label:
-    """Restricted Kohn–Sham with density fitting; the grid's response is left out of the gradient."""
-    from pyscf import dft
-
-    functional, basis, cart, grid = FUNCTIONALS[name]
-    field = dft.RKS(_molecule(frame, basis, cart), xc=functional).density_fit()
-    field.grids.level = grid
-    field.conv_tol = 1e-8
-    energy = field.kernel()
-    if not field.converged:  # PySCF returns an energy all the same, and it can be wrong by electronvolts
-        raise NotConverged("the self-consistent field did not converge")
-    gradients = field.nuc_grad_method()
-    gradients.grid_response = False
-    return Label(energy * Hartree, -gradients.kernel() * Hartree / Bohr)
-
-
-def ccsdt(frame: Atoms) -> Label:
-    """CCSD(T)/cc-pVDZ with a frozen core and its T1 diagnostic (above 0.02 one reference is doubtful)."""
-    from pyscf import cc, scf
-
-    field = scf.RHF(_molecule(frame, "cc-pvdz", heaviest=HEAVIEST_FROZEN_CORE))
-    field.conv_tol = 1e-9
-    field.kernel()
-    cluster = cc.CCSD(field)
-    cluster.frozen = int(np.sum(frame.numbers > 2))
-    cluster.kernel()
-    if not (field.converged and cluster.converged):
-        raise NotConverged("Hartree-Fock or CCSD did not converge")
-    energy = (cluster.e_tot + cluster.ccsd_t()) * Hartree
-    return Label(energy, info={"t1_diagnostic": float(cluster.get_t1_diagnostic())})
-
-
-def ccsdt_all_electron(frame: Atoms) -> Label:
-    """CCSD(T)/cc-pVDZ with all electrons and analytic forces.
-
-    The (T) lambda equations are needed: ``Gradients(CCSD).kernel()`` alone takes the CCSD lambda and is 2 % wrong.
-    Agrees with finite differences to 2e-6 Hartree/bohr.
-    """
-    from pyscf import cc, scf
-    from pyscf.cc import ccsd_t_lambda_slow
-    from pyscf.grad import ccsd_t as gradient
-
-    field = scf.RHF(_molecule(frame, "cc-pvdz"))
-    field.conv_tol = 1e-10
-    field.kernel()
-    cluster = cc.CCSD(field)
-    cluster.conv_tol = 1e-8
-    cluster.kernel()
-    integrals = cluster.ao2mo()
-    solved, l1, l2 = ccsd_t_lambda_slow.kernel(cluster, integrals, cluster.t1, cluster.t2, tol=1e-6, verbose=0)
-    if not (field.converged and cluster.converged and solved):
-        raise NotConverged("Hartree-Fock, CCSD or the (T) lambda equations did not converge")
-    forces = -gradient.Gradients(cluster).kernel(cluster.t1, cluster.t2, l1, l2, eris=integrals) * Hartree / Bohr
-    return Label((cluster.e_tot + cluster.ccsd_t()) * Hartree, forces)
+def ccsdt_all_electron(frame: Frame) -> Label:
+    """Leave out the T1 diagnostic: these files have that of ccsdt."""
+    return replace(quantum.ccsdt_all_electron(frame), info={})
 
 
 LEVELS = {
-    "gfn1": Level(("tblite.ase",), lambda frame: xtb(frame, "GFN1-xTB")),
-    "gfn2": Level(("tblite.ase",), lambda frame: xtb(frame, "GFN2-xTB")),
-    "pbe": Level(("pyscf.dft",), lambda frame: density_functional(frame, "pbe")),
-    "r2scan": Level(("pyscf.dft",), lambda frame: density_functional(frame, "r2scan")),
-    "wb97x": Level(("pyscf.dft",), lambda frame: density_functional(frame, "wb97x")),
-    "ccsdt": Level(("pyscf.cc",), ccsdt),
-    "ccsdt_ae": Level(("pyscf.cc",), ccsdt_all_electron),
+    "gfn1": level("tblite.ase", partial(xtb.label, method="GFN1-xTB"), xtb.refuse),
+    "gfn2": level("tblite.ase", partial(xtb.label, method="GFN2-xTB"), xtb.refuse),
+    "pbe": level("pyscf.dft", partial(quantum.density_functional, name="pbe"), quantum.refuse_dft),
+    "r2scan": level("pyscf.dft", partial(quantum.density_functional, name="r2scan"), quantum.refuse_dft),
+    "wb97x": level("pyscf.dft", partial(quantum.density_functional, name="wb97x"), quantum.refuse_dft),
+    "ccsdt": level("pyscf.cc", quantum.ccsdt, partial(quantum.refuse_ccsdt, all_electron=False)),
+    "ccsdt_ae": level("pyscf.cc", ccsdt_all_electron, partial(quantum.refuse_ccsdt, all_electron=True)),
 }
 
 

@@ -8,8 +8,6 @@ not fail. Two runs cannot write one file: it is locked.
 
 import contextlib
 import fcntl
-import importlib
-import importlib.metadata
 import io
 import os
 import re
@@ -19,7 +17,7 @@ from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -28,35 +26,18 @@ import numpy as np
 from ase import Atoms
 from ase.io import read, write
 from ase.io.extxyz import key_val_str_to_dict
+from ase.stress import full_3x3_to_voigt_6_stress
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from mffm.errors import InputError
+from mffm.label.level import Label, classify, import_all, versions
 
 # OpenMP reads it when an engine is loaded, later than this. Threads that wait for each other multiply the CPU time.
 os.environ.update(OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1", MKL_NUM_THREADS="1")
 
-# `input` and `convergence` fail again on every attempt; `resource` and `lost` may not on another machine.
-ERROR_CLASSES = ("input", "convergence", "resource", "lost", "unknown")
 RESULT_KEYS = ("codes", "t1_diagnostic", "gfn1_repeat")
 PLAIN_LINE_SECONDS = 30.0
-
-
-class NotConverged(RuntimeError):
-    """A self-consistent field or an amplitude equation did not converge: its energy is worthless."""
-
-
-@dataclass(frozen=True)
-class Label:
-    """What one level says of one structure: energy in eV, forces [n_atoms, 3] in eV/Å, stress [6] in eV/Å³.
-
-    The stress is in Voigt order xx yy zz yz xz xy with ASE's sign. ``info`` goes into the frame as it is.
-    """
-
-    energy: float
-    forces: np.ndarray | None = None
-    stress: np.ndarray | None = None
-    info: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -92,10 +73,11 @@ def compute(job: Job, levels: Mapping[str, Level]) -> Atoms:
         level = levels[name]
         start = time.process_time_ns()
         try:
-            codes |= versions(level.modules)  # imports them: start-up belongs to no label's cost
+            import_all(level.modules)
+            codes |= versions(level.modules)
             start = time.process_time_ns()
             label = level.compute(job.frame)
-            _check(label)
+            label.check(len(job.frame))
         except Exception as error:  # noqa: BLE001 - any engine's error is this label's failure, not the run's
             out.info[f"error_{name}"] = describe(error)
         else:
@@ -105,50 +87,13 @@ def compute(job: Job, levels: Mapping[str, Level]) -> Atoms:
     return out
 
 
-def _check(label: Label) -> None:
-    for value in (label.energy, label.forces, label.stress):
-        if value is not None and not np.all(np.isfinite(value)):
-            raise NotConverged("a label is not finite")
-
-
 def _store(out: Atoms, name: str, label: Label) -> None:
     out.info.update(label.info)
     out.info[f"energy_{name}"] = float(label.energy)
     if label.stress is not None:
-        out.info[f"stress_{name}"] = np.asarray(label.stress, dtype=float)
+        out.info[f"stress_{name}"] = full_3x3_to_voigt_6_stress(label.stress)
     if label.forces is not None:
         out.arrays[f"forces_{name}"] = np.asarray(label.forces, dtype=float)
-
-
-def versions(modules: Iterable[str]) -> dict[str, str]:
-    """Import ``modules`` and return the versions of their packages.
-
-    Raises:
-        InputError: a package is not installed.
-    """
-    found = {}
-    for module in modules:
-        package = module.partition(".")[0]
-        try:
-            importlib.import_module(module)
-            found[package] = importlib.metadata.version(package)
-        except ImportError as error:
-            raise InputError(f"{package} is not installed ({error}); see the script's --help") from error
-    return found
-
-
-def classify(error: BaseException) -> str:
-    """Return the error class of a failure (:data:`ERROR_CLASSES`)."""
-    text = f"{type(error).__name__} {error}".lower()
-    if isinstance(error, MemoryError) or "out of memory" in text or "cannot allocate" in text:
-        return "resource"
-    if isinstance(error, BrokenProcessPool):
-        return "lost"
-    if isinstance(error, NotConverged) or "converge" in text or "convergence" in text:
-        return "convergence"
-    if isinstance(error, InputError):
-        return "input"
-    return "unknown"
 
 
 def describe(error: BaseException) -> str:

@@ -6,7 +6,9 @@ from pathlib import Path
 
 import labelling
 from ase import Atoms
-from labelling import Job, Label, Level, NotConverged
+from labelling import Job, Level
+
+from mffm.label.level import Label, NotConverged
 
 
 def fake(frame: Atoms) -> Label:
