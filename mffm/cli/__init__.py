@@ -10,6 +10,7 @@ import typer
 from mffm import __version__
 from mffm.cli import (
     benchmark,
+    budget,
     cluster,
     config,
     convert,
@@ -21,6 +22,7 @@ from mffm.cli import (
     predict,
     properties,
     release,
+    selection,
     study,
     training,
 )
@@ -52,6 +54,8 @@ COMMANDS = (  # in the order of ``mffm --help``
     release.inspect,
     release.diff,
     predict.predict,
+    selection.select,
+    budget.plan,
     export.export,
     properties.relax,
     properties.md,
