@@ -274,9 +274,7 @@ def _pick(found: Selection) -> None:
         possible = int(np.minimum(np.bincount(formula), options.per_formula).sum())
     if options.n is not None and options.n > possible:
         why = "; ".join(f"{count} {reason}" for reason, count in found.left_out.items() if count) or "none left out"
-        limit = (
-            "" if possible == n_left else f", {possible} with {options.per_formula} of each of {len(names)} formulas"
-        )
+        limit = "" if possible == n_left else f", {possible} at {options.per_formula} of each of {len(names)} formulas"
         raise InputError(
             f"--n {options.n}: the pool has {len(found.pool.all)} structures ({why}): {n_left} can be chosen{limit}; "
             "ask for fewer, or give a larger pool"
