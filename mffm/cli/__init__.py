@@ -10,6 +10,7 @@ import typer
 from mffm import __version__
 from mffm.cli import (
     benchmark,
+    budget,
     cluster,
     config,
     convert,
@@ -22,6 +23,7 @@ from mffm.cli import (
     predict,
     properties,
     release,
+    selection,
     study,
     training,
 )
@@ -54,6 +56,8 @@ COMMANDS = (  # in the order of ``mffm --help``
     release.inspect,
     release.diff,
     predict.predict,
+    selection.select,
+    budget.plan,
     export.export,
     properties.relax,
     properties.md,

@@ -103,7 +103,7 @@ def predict_file(
     progress(n_frames)
     n_failed = sum(bool(HAS_ERROR.search(comment)) for comment, _ in _whole_frames(partial))
     with partial.open("a") as file:
-        for atoms, found in predict(at, _read(source, n_before), edge_budget):
+        for atoms, found in predict(at, read_frames(source, n_before), edge_budget):
             if isinstance(found, InputError):
                 if not skip_failures:
                     raise InputError(
@@ -164,7 +164,12 @@ def _begin(partial: Path, note: Path, made_of: dict[str, Any]) -> int:
     return n_frames
 
 
-def _read(source: Path, start: int) -> Iterator[Atoms]:
+def read_frames(source: Path, start: int = 0) -> Iterator[Atoms]:
+    """Yield the structures of a file from one on.
+
+    Raises:
+        InputError: ASE cannot read it; the message names the frame.
+    """
     index = start
     try:
         for atoms in iread(str(source), f"{start}:"):

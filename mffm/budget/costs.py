@@ -1,0 +1,186 @@
+"""What a label costs: CPU seconds against the size of a structure, log-log, per level of theory."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+from ase import Atoms
+from ase.io import iread
+
+from mffm.data.store import Store
+from mffm.errors import InputError, known
+
+PREFIX = "cpu_s"  # key of the CPU seconds of a frame's label: cpu_s_<level>, or cpu_s in a file of one level
+BASIS = "n_basis"  # the same for the number of basis functions, where a file says it
+MIN_LABELS = 5
+TAIL = 95  # percentile that is reported beside the mean
+
+Measure = Literal["atoms", "electrons", "basis"]
+
+
+class Size(NamedTuple):
+    """Of a structure; basis functions: NaN where they are not known."""
+
+    atoms: float
+    electrons: float
+    basis: float = np.nan
+
+
+class Measured(NamedTuple):
+    """The cost of one label."""
+
+    seconds: float
+    size: Size
+
+
+@dataclass(frozen=True)
+class CostModel:
+    """seconds = factor · size^exponent, about which the logarithms scatter with ``scatter``.
+
+    Attributes:
+        measure: what counts as the size: the one that leaves the least scatter.
+        exponent: None where all labels had one size; the cost is then the same for all.
+        least, most: sizes of the labels that it was fitted to.
+        mean, tail: CPU seconds of a label: mean and 95th percentile over the structures that are to be labelled.
+    """
+
+    level: str
+    measure: Measure
+    exponent: float | None
+    factor: float
+    scatter: float
+    n_labels: int
+    least: float
+    most: float
+    mean: float
+    tail: float
+
+    def to_dict(self) -> dict[str, Any]:
+        return dict(vars(self))
+
+
+def fit(level: str, labels: Sequence[Measured], to_label: Sequence[Size] | None = None) -> CostModel:
+    """Fit the cost of a level, by least squares on logarithms.
+
+    Args:
+        to_label: sizes of the structures that labels are bought for; None: those of the labels.
+
+    Raises:
+        InputError: fewer than five labels; one size only, but other structures to label.
+    """
+    if len(labels) < MIN_LABELS:
+        raise InputError(f"level {level!r}: {len(labels)} labels with a cost; it needs {MIN_LABELS}")
+    logs = np.log([label.seconds for label in labels])
+    chosen: tuple[float, Measure, float | None, float] | None = None
+    for measure in ("basis", "electrons", "atoms"):
+        sizes = np.array([getattr(label.size, measure) for label in labels])
+        unknown = to_label is not None and np.isnan([getattr(size, measure) for size in to_label]).any()
+        if np.isnan(sizes).any() or unknown:
+            continue
+        exponent, offset = _line(np.log(sizes), logs)
+        residuals = logs - offset - (exponent or 0.0) * np.log(sizes)
+        scatter = float(np.sqrt(np.square(residuals).sum() / max(1, len(logs) - 2)))
+        if chosen is None or scatter < chosen[0] * (1 - 1e-9):
+            chosen = scatter, measure, exponent, offset
+    assert chosen is not None, "atoms are always known"
+    scatter, measure, exponent, offset = chosen
+    sizes = np.array([getattr(label.size, measure) for label in labels])
+    wanted = sizes if to_label is None else np.array([getattr(size, measure) for size in to_label])
+    if exponent is None and not np.allclose(wanted, sizes[0]):
+        raise InputError(
+            f"level {level!r}: all {len(labels)} labels with a cost have {sizes[0]:g} {measure}, so nothing says what "
+            f"one of {wanted.min():g} to {wanted.max():g} costs; label some of other sizes first"
+        )
+    # The mean of a log-normal about the line; scatter of the labels about it goes into the tail too.
+    seconds = np.exp(offset + (exponent or 0.0) * np.log(wanted))
+    spread = np.exp(scatter * np.random.default_rng(0).standard_normal((len(wanted), 64)))
+    return CostModel(
+        level, measure, exponent, float(np.exp(offset)), scatter, len(labels), float(sizes.min()), float(sizes.max()),
+        float(seconds.mean() * np.exp(scatter**2 / 2)), float(np.percentile(seconds[:, None] * spread, TAIL)),
+    )  # fmt: skip
+
+
+def _line(x: np.ndarray, y: np.ndarray) -> tuple[float | None, float]:
+    """Return slope and offset of y over x; no slope where all x are one."""
+    if np.ptp(x) < 1e-9:
+        return None, float(y.mean())
+    slope, offset = np.polyfit(x, y, 1)
+    return float(slope), float(offset)
+
+
+def read(paths: Sequence[Path], levels: Sequence[str]) -> dict[str, list[Measured]]:
+    """Return level → costs of labels in files that ASE reads: ``cpu_s_<level>``, or ``cpu_s`` where one level is asked.
+
+    Raises:
+        InputError: a level without costs; a cost of zero, which somebody rounded away.
+    """
+    found: dict[str, list[Measured]] = {level: [] for level in levels}
+    seen: set[str] = set()
+    for path in paths:
+        for index, atoms in enumerate(_frames(path)):
+            seen |= {key.removeprefix(f"{PREFIX}_") for key in atoms.info if key.startswith(PREFIX)}
+            for level in levels:
+                value = atoms.info.get(f"{PREFIX}_{level}", atoms.info.get(PREFIX) if len(levels) == 1 else None)
+                if value is None:
+                    continue
+                seconds = _positive(value, f"{path}: frame {index}: {PREFIX} of {level!r}")
+                basis = atoms.info.get(f"{BASIS}_{level}", atoms.info.get(BASIS, np.nan))
+                found[level].append(Measured(seconds, Size(*_size(atoms.numbers), float(basis))))
+    missing = [level for level, costs in found.items() if not costs]
+    if missing:
+        raise InputError(
+            f"{', '.join(map(str, paths))}: no costs of level {missing[0]!r} ({PREFIX}_{missing[0]}); it has costs of: "
+            f"{known(seen)}; label some structures at it first, and give that file too"
+        )
+    return found
+
+
+def sizes_of(paths: Sequence[Path]) -> list[Size]:
+    """Return the sizes of the structures of stores and files.
+
+    Raises:
+        InputError: nothing there, or no structures in it.
+    """
+    found: list[Size] = []
+    for path in paths:
+        if path.is_dir():
+            store = Store(path)
+            counts = store.composition(np.arange(store.n_frames))
+            electrons = counts @ np.arange(counts.shape[1])
+            found += [Size(float(n), float(z)) for n, z in zip(counts.sum(1), electrons, strict=True)]
+        else:
+            found += [Size(*_size(atoms.numbers)) for atoms in _frames(path)]
+    if not found:
+        raise InputError(f"{', '.join(map(str, paths))}: no structures in it; nothing to label")
+    return found
+
+
+def _size(numbers: np.ndarray) -> tuple[float, float]:
+    return float(len(numbers)), float(numbers.sum())
+
+
+def _positive(value: Any, place: str) -> float:
+    try:
+        seconds = float(value)
+    except (TypeError, ValueError):
+        seconds = np.nan
+    if not (np.isfinite(seconds) and seconds > 0):
+        raise InputError(
+            f"{place} is {value!r}: expected positive CPU seconds; a zero was rounded away: label again with a code "
+            "that keeps nanoseconds, or remove the key from the frame"
+        )
+    return seconds
+
+
+def _frames(path: Path) -> Iterator[Atoms]:
+    if not path.is_file():
+        raise InputError(f"{path}: no such file")
+    frames: Iterable[Atoms] = iread(str(path), ":")
+    try:
+        yield from frames
+    except Exception as error:  # ASE's formats raise anything
+        raise InputError(
+            f"{path}: ASE cannot read it ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
+        ) from error
