@@ -9,6 +9,7 @@ import typer
 
 from mffm import __version__
 from mffm.cli import (
+    active,
     benchmark,
     budget,
     cluster,
@@ -58,6 +59,7 @@ COMMANDS = (  # in the order of ``mffm --help``
     predict.predict,
     selection.select,
     budget.plan,
+    active.active,
     export.export,
     properties.relax,
     properties.md,

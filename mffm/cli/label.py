@@ -29,7 +29,7 @@ def label(
         str,
         typer.Option(
             help="gfn1, gfn2, spgfn1, spgfn2, pbe, r2scan, wb97x, ccsdt, ccsdt_ae, gpaw_pbe, gpaw_r2scan, "
-            "ase:package.module:factory, or release:FOLDER@fidelity"
+            "ase:package.module:factory, release:FOLDER@fidelity, or store:FOLDER@fidelity"
         ),
     ],
     fidelity: Annotated[
@@ -48,22 +48,28 @@ def label(
     memory_limit: Annotated[float | None, typer.Option(min=0.1, help="GB that its process may use")] = None,
     n: Annotated[int | None, typer.Option("--n", min=1, help="label a random subset of this size")] = None,
     seed: Annotated[int, typer.Option(help="of the subset; a larger one of the same seed contains it")] = 0,
+    only: Annotated[
+        Path | None, typer.Option(help="of a store: label the structures of this file alone, as mffm select writes it")
+    ] = None,
 ) -> None:
     """Compute the labels of another level of theory for structures; the same command goes on after a kill."""
+    from mffm.data.store import Store
     from mffm.executor import handling_stops
     from mffm.label import levels, run
     from mffm.label.journal import Limits
-    from mffm.label.structures import Source
+    from mffm.label.structures import Source, rows_of
     from mffm.label.work import Request
 
     source = Source.of(sources)
     name = levels.find(level, fidelity).fidelity.name
     if source.store is None:
         _refuse_option("--layer", layer, "a store")
+        _refuse_option("--only", only, "a store")
         out = out or Path(f"{sources[0].stem}_{name}.extxyz")
     else:
         _refuse_option("--out", out, "files")
-    request = Request(source, level, fidelity, n, seed)
+    rows = None if only is None or source.store is None else rows_of(Store(source.store), only)
+    request = Request(source, level, fidelity, n, seed, rows)
     where = layer or name
     place = run.place_of(request, where, out).resolve()
     executor, workers = _executor(place, name, cluster, workers)

@@ -8,7 +8,7 @@ from pathlib import Path
 from mffm.errors import InputError
 from mffm.fidelity import Fidelity
 from mffm.frame import Frame
-from mffm.label.engines import calculator, plane_waves, quantum, teacher, xtb
+from mffm.label.engines import calculator, plane_waves, quantum, stored, teacher, xtb
 from mffm.label.level import Label, Level, versions
 
 CODES = {"tblite": "tblite", "pyscf": "PySCF", "gpaw": "GPAW"}
@@ -88,7 +88,8 @@ def find(text: str, name: str | None = None) -> Level:
     """Return the level of a command line.
 
     Args:
-        text: a name of ``LEVELS``, ``ase:package.module:factory`` or ``release:FOLDER@fidelity``.
+        text: a name of ``LEVELS``, ``ase:package.module:factory``, ``release:FOLDER@fidelity`` or
+            ``store:FOLDER@fidelity``.
         name: of the fidelity; None: the level's own name, ``teacher_<fidelity>`` for a release.
 
     Raises:
@@ -99,10 +100,12 @@ def find(text: str, name: str | None = None) -> Level:
         return _of_calculator(place, name)
     if colon and kind == "release":
         return _of_release(place, name)
+    if colon and kind == "store":
+        return _of_store(place, name)
     if text not in LEVELS:
         raise InputError(
-            f"--level {text}: no such level; known are {', '.join(LEVELS)}, ase:package.module:factory, and "
-            "release:FOLDER@fidelity"
+            f"--level {text}: no such level; known are {', '.join(LEVELS)}, ase:package.module:factory, "
+            "release:FOLDER@fidelity, and store:FOLDER@fidelity"
         )
     found = LEVELS[text]
     code = ", ".join(f"{CODES[package]} {version}" for package, version in versions(found.modules).items())
@@ -121,16 +124,32 @@ def _of_calculator(place: str, name: str | None) -> Level:
     return Level(fidelity, (module,), partial(calculator.label, factory=factory), is_molecular=False)
 
 
-def _of_release(place: str, name: str | None) -> Level:
+def _split(kind: str, place: str) -> tuple[str, str]:
+    """Return folder, absolute, and fidelity of FOLDER@fidelity."""
     path, at, of = place.rpartition("@")
     if not at or not path or not of:
-        raise InputError(f"--level release:{place}: expected release:FOLDER@fidelity; there is no default fidelity")
-    path = str(Path(path).resolve())
+        raise InputError(f"--level {kind}:{place}: expected {kind}:FOLDER@fidelity; there is no default fidelity")
+    return str(Path(path).resolve()), of
+
+
+def _of_release(place: str, name: str | None) -> Level:
+    path, of = _split("release", place)
     fidelity = teacher.fidelity_of(path, of, name)
     return Level(
         fidelity,
         ("mffm.deploy.at_fidelity",),
         partial(teacher.label, path=path, fidelity=of),
         partial(teacher.refuse, path=path, fidelity=of),
+        is_molecular=False,
+    )
+
+
+def _of_store(place: str, name: str | None) -> Level:
+    path, of = _split("store", place)
+    return Level(
+        stored.fidelity_of(path, of, name),
+        ("mffm.data.store",),
+        partial(stored.label, path=path, fidelity=of),
+        partial(stored.refuse, path=path, fidelity=of),
         is_molecular=False,
     )

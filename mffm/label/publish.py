@@ -103,7 +103,7 @@ def layer_is_ours(store: Path, layer: str, content: dict[str, Any]) -> dict[str,
     if not path.is_file() or layer not in [entry["name"] for entry in Store(store).manifest["layers"]]:
         return None
     about: dict[str, Any] = json.loads(path.read_text())
-    return about if all(about.get(key) == content[key] for key in ("settings_hash", "n", "seed")) else None
+    return about if all(about.get(key) == value for key, value in content.items()) else None
 
 
 def _write_layer(work: Work, ledger: Ledger, chosen: np.ndarray, name: str, summary: Summary) -> None:

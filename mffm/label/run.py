@@ -87,7 +87,7 @@ def _there_already(request: Request, layer: str, output: Path | None, folder: Pa
         return f"{output}: complete already"
     assert request.source.store is not None
     fidelity = levels.find(request.level, request.name).fidelity
-    content = {"settings_hash": settings_hash(fidelity), "n": request.n, "seed": request.seed}
+    content = {"settings_hash": settings_hash(fidelity), **request.subset()}
     about = layer_is_ours(request.source.store, layer, content)
     if about is None:
         return ""

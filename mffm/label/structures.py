@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 import lmdb
 import numpy as np
+from ase.io import iread
 
 from mffm.data import records
 from mffm.data.readers import READERS, RejectedFrame, reader_name
@@ -75,6 +76,23 @@ class OfShard:
             spin_multiplicity=spin or None,
             origin=f"structure {index}",
         )
+
+
+def rows_of(store: Store, file: Path) -> tuple[int, ...]:
+    """Return the rows of a store whose frame_ids a file's structures have, as ``mffm select`` writes them.
+
+    Raises:
+        InputError: a structure without a frame_id, or one that the store has not.
+    """
+    rows = {store.frame_id(row): row for row in range(len(store.n_atoms))}
+    found = []
+    for index, atoms in enumerate(iread(str(file), ":")):
+        frame_id = atoms.info.get("frame_id")
+        if frame_id is None or str(frame_id) not in rows:
+            what = "has no frame_id" if frame_id is None else f"frame_id {frame_id!r} is not in {store.path}"
+            raise InputError(f"{file}: frame {index}: {what}; choose from this store: mffm select RELEASE {store.path}")
+        found.append(rows[str(frame_id)])
+    return tuple(sorted(found))
 
 
 @dataclass(frozen=True)

@@ -35,6 +35,7 @@ class Request:
         level: as ``mffm.label.levels.find`` takes it.
         name: of the fidelity; None: the level's.
         n: a random subset of this size; None: all. Subsets of one seed are nested.
+        rows: of a store: label these alone.
     """
 
     source: structures.Source
@@ -42,6 +43,12 @@ class Request:
     name: str | None = None
     n: int | None = None
     seed: int = 0
+    rows: tuple[int, ...] | None = None
+
+    def subset(self) -> dict[str, Any]:
+        """Return which of the structures are meant, as JSON."""
+        digest = None if self.rows is None else hashlib.sha256(json.dumps(self.rows).encode()).hexdigest()[:16]
+        return {"n": self.n, "seed": self.seed, "rows": digest}
 
 
 class Work:
@@ -117,8 +124,7 @@ def begin(folder: Path, request: Request) -> Work:
         "fidelity": asdict(level.fidelity),
         "settings_hash": settings_hash(level.fidelity),
         "source": request.source.describe(),
-        "n": request.n,
-        "seed": request.seed,
+        **request.subset(),
     }
     note = folder / "work.json"
     if note.is_file():
@@ -144,10 +150,10 @@ def begin(folder: Path, request: Request) -> Work:
 def _absolute(level: str) -> str:
     """Return a level with an absolute folder: tasks of a cluster may start elsewhere."""
     kind, colon, place = level.partition(":")
-    if kind != "release" or not colon:
+    if kind not in ("release", "store") or not colon:
         return level
     path, _, fidelity = place.rpartition("@")
-    return f"release:{Path(path).resolve()}@{fidelity}"
+    return f"{kind}:{Path(path).resolve()}@{fidelity}"
 
 
 def _chosen(found: structures.Structures, request: Request, fidelity: Fidelity) -> np.ndarray:
@@ -156,6 +162,10 @@ def _chosen(found: structures.Structures, request: Request, fidelity: Fidelity) 
         refuse_other_fidelity(found.store.path, fidelity)
         if fidelity.name in found.store.fidelities:
             free &= ~found.store.has(fidelity.name, ENERGY)
+    if request.rows is not None:
+        wanted = np.zeros(len(free), bool)
+        wanted[list(request.rows)] = True
+        free &= wanted
     if request.n is not None:
         order = np.random.default_rng(request.seed).permutation(len(free))
         free[order[request.n :]] = False

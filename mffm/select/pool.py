@@ -166,11 +166,12 @@ class Structures:
         return [origin.describe() for origin in self.origins]
 
 
-def pool_origin(path: Path, split: str, level: str | None) -> Origin:
+def pool_origin(path: Path, split: str, level: str | None, without: Sequence[int] = ()) -> Origin:
     """Return what may be chosen: a file, or the rows of a store's split ("all": of any).
 
     Args:
         level: rows with a label of it are no candidates; None: every row is one.
+        without: rows that are no candidates either.
 
     Raises:
         InputError: nothing there, an unknown split or level, or no rows.
@@ -179,6 +180,7 @@ def pool_origin(path: Path, split: str, level: str | None) -> Origin:
         return _file(path)
     store = Store(path)
     rows = store.rows(split=None if split == "all" else split)
+    rows = np.setdiff1d(rows, np.asarray(without, np.int64))
     if level is not None:
         rows = np.setdiff1d(rows, store.rows(fidelity=level))
     if not len(rows):

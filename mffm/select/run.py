@@ -42,6 +42,7 @@ class Options:
         per_formula: at most so many of a formula.
         max_std: meV/atom; what is less certain is never chosen.
         ensemble: further releases, whose spread is σ; without them the last layer's.
+        without: rows of stores in the pool that are no candidates.
     """
 
     by: str
@@ -60,6 +61,7 @@ class Options:
     seed: int = 0
     device: str = "cpu"
     weights: str = "best"
+    without: Sequence[int] = ()
 
     def check(self) -> None:
         """Raises:
@@ -139,7 +141,7 @@ def select(release: Path, pool: Sequence[Path], options: Options, folder: Path, 
     loaded = load(release, options.weights, options.device)
     others = [load(path, options.weights, options.device) for path in options.ensemble]
     _check_release(loaded, others, options)
-    origins = [pool_origin(path, options.split, options.level) for path in pool]
+    origins = [pool_origin(path, options.split, options.level, options.without) for path in pool]
     structures = Structures(origins, lambda n: progress("pool", n, None))
     if not structures.all:
         raise InputError(f"{', '.join(map(str, pool))}: no structures in it: nothing to choose from")
