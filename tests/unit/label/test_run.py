@@ -45,7 +45,7 @@ def test_whatever_a_code_does_costs_one_structure(labelled: Labelled, tmp_path: 
     frames[0].positions[1, 2] = 0.1  # overlapping atoms
     write(tmp_path / "in.extxyz", frames)
     out = tmp_path / "out.extxyz"
-    done = labelled(tmp_path / "in.extxyz", FATES, out, "lj", workers=2, limits=Limits(4.0, 0.5))
+    done = labelled(tmp_path / "in.extxyz", FATES, out, "lj", workers=2, limits=Limits(10.0, 0.5))
     assert done.failures == {"input": 1, "lost": 1, "resource": 2, "convergence": 2, "unknown": 1}
     found = read(out, ":")
     assert [frame.info["frame_id"] for frame in found] == [f"in-{i:05d}" for i in range(8)]
@@ -55,7 +55,7 @@ def test_whatever_a_code_does_costs_one_structure(labelled: Labelled, tmp_path: 
     reasons = [frame.info.get("label_error_lj", "") for frame in found]
     for reason, expected in zip(
         reasons,
-        ("input: atoms 0 and 1", "lost: the worker process ended: exit code 9", "resource: not done after 4 s",
+        ("input: atoms 0 and 1", "lost: the worker process ended: exit code 9", "resource: not done after 10 s",
          "resource: used 0.", "convergence: NotConverged: Fates says", "convergence: NotConverged: the energy",
          "unknown: RuntimeError: a fault of the code", ""),
         strict=True,
