@@ -1,5 +1,6 @@
 """What a label costs: CPU seconds against the size of a structure, log-log, per level of theory."""
 
+import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from mffm.errors import InputError, known
 
 PREFIX = "cpu_s"  # key of the CPU seconds of a frame's label: cpu_s_<level>, or cpu_s in a file of one level
 BASIS = "n_basis"  # the same for the number of basis functions, where a file says it
+RECORDS = "records.jsonl"  # of ``mffm label``: an attempt a line, in a layer's folder or beside a file
 MIN_LABELS = 5
 TAIL = 95  # percentile that is reported beside the mean
 
@@ -111,7 +113,10 @@ def _line(x: np.ndarray, y: np.ndarray) -> tuple[float | None, float]:
 
 
 def read(paths: Sequence[Path], levels: Sequence[str]) -> dict[str, list[Measured]]:
-    """Return level → costs of labels in files that ASE reads: ``cpu_s_<level>``, or ``cpu_s`` where one level is asked.
+    """Return level → costs of labels that were computed.
+
+    A file that ASE reads has ``cpu_s_<level>``, or ``cpu_s`` where one level is asked. What ``mffm label`` wrote has
+    its records beside it, a store in the label layer.
 
     Raises:
         InputError: a level without costs; a cost of zero, which somebody rounded away.
@@ -119,15 +124,10 @@ def read(paths: Sequence[Path], levels: Sequence[str]) -> dict[str, list[Measure
     found: dict[str, list[Measured]] = {level: [] for level in levels}
     seen: set[str] = set()
     for path in paths:
-        for index, atoms in enumerate(_frames(path)):
-            seen |= {key.removeprefix(f"{PREFIX}_") for key in atoms.info if key.startswith(PREFIX)}
-            for level in levels:
-                value = atoms.info.get(f"{PREFIX}_{level}", atoms.info.get(PREFIX) if len(levels) == 1 else None)
-                if value is None:
-                    continue
-                seconds = _positive(value, f"{path}: frame {index}: {PREFIX} of {level!r}")
-                basis = atoms.info.get(f"{BASIS}_{level}", atoms.info.get(BASIS, np.nan))
-                found[level].append(Measured(seconds, Size(*_size(atoms.numbers), float(basis))))
+        for level, label in _of_store(path) if path.is_dir() else _of_file(path, levels):
+            seen.add(level)
+            if level in found:
+                found[level].append(label)
     missing = [level for level, costs in found.items() if not costs]
     if missing:
         raise InputError(
@@ -135,6 +135,50 @@ def read(paths: Sequence[Path], levels: Sequence[str]) -> dict[str, list[Measure
             f"{known(seen)}; label some structures at it first, and give that file too"
         )
     return found
+
+
+def _of_file(path: Path, levels: Sequence[str]) -> Iterator[tuple[str, Measured]]:
+    """Yield (level, cost) of a file's frames."""
+    recorded: dict[Any, list[tuple[str, float]]] = {}
+    records = path.with_name(f"{path.stem}.{RECORDS}")
+    if records.is_file():
+        for entry in _computed(records):
+            recorded.setdefault(entry["frame_id"], []).append((entry["fidelity"], entry["cpu_ns"] * 1e-9))
+    for index, atoms in enumerate(_frames(path)):
+        own = {key.removeprefix(f"{PREFIX}_"): value for key, value in atoms.info.items() if key.startswith(PREFIX)}
+        if PREFIX in own and len(levels) == 1:
+            own.setdefault(levels[0], own[PREFIX])
+        for level, value in [*own.items(), *recorded.get(atoms.info.get("frame_id"), ())]:
+            if level == PREFIX:
+                continue
+            basis = atoms.info.get(f"{BASIS}_{level}", atoms.info.get(BASIS, np.nan))
+            if level in levels:
+                seconds = _positive(value, f"{path}: frame {index}: {PREFIX} of {level!r}")
+                yield level, Measured(seconds, Size(*_size(atoms.numbers), float(basis)))
+            else:
+                yield level, Measured(np.nan, Size(*_size(atoms.numbers)))  # its level is named where one lacks
+
+
+def _of_store(path: Path) -> Iterator[tuple[str, Measured]]:
+    """Yield (level, cost) of the label layers of a store that ``mffm label`` computed."""
+    store = Store(path)
+    for layer in store.layers:
+        records = layer.folder / RECORDS
+        for entry in _computed(records) if records.is_file() else ():
+            seconds = _positive(entry["cpu_ns"] * 1e-9, f"{records}: {entry['frame_id']}: cpu_ns")
+            yield entry["fidelity"], Measured(seconds, *_of_rows(store, np.array([entry["index"]])))
+
+
+def _computed(records: Path) -> Iterator[dict[str, Any]]:
+    """Yield the attempts of a file of ``mffm label`` that gave a label."""
+    with records.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                entry = json.loads(line)
+                if entry["status"] == "ok" and entry["cpu_ns"] is not None:
+                    yield {**entry, "cpu_ns": float(entry["cpu_ns"])}
+            except (ValueError, KeyError, TypeError) as error:
+                raise InputError(f"{records}: line {number} is no record of mffm label ({error})") from error
 
 
 def sizes_of(paths: Sequence[Path]) -> list[Size]:
@@ -147,14 +191,18 @@ def sizes_of(paths: Sequence[Path]) -> list[Size]:
     for path in paths:
         if path.is_dir():
             store = Store(path)
-            counts = store.composition(np.arange(store.n_frames))
-            electrons = counts @ np.arange(counts.shape[1])
-            found += [Size(float(n), float(z)) for n, z in zip(counts.sum(1), electrons, strict=True)]
+            found += _of_rows(store, np.arange(store.n_frames))
         else:
             found += [Size(*_size(atoms.numbers)) for atoms in _frames(path)]
     if not found:
         raise InputError(f"{', '.join(map(str, paths))}: no structures in it; nothing to label")
     return found
+
+
+def _of_rows(store: Store, rows: np.ndarray) -> list[Size]:
+    counts = store.composition(rows)
+    electrons = counts @ np.arange(counts.shape[1])
+    return [Size(float(n), float(z)) for n, z in zip(counts.sum(1), electrons, strict=True)]
 
 
 def _size(numbers: np.ndarray) -> tuple[float, float]:
@@ -168,7 +216,7 @@ def _positive(value: Any, place: str) -> float:
         seconds = np.nan
     if not (np.isfinite(seconds) and seconds > 0):
         raise InputError(
-            f"{place} is {value!r}: expected positive CPU seconds; a zero was rounded away: label again with a code "
+            f"{place} is {value}: expected positive CPU seconds; a zero was rounded away: label again with a code "
             "that keeps nanoseconds, or remove the key from the frame"
         )
     return seconds

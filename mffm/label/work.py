@@ -128,8 +128,11 @@ def begin(folder: Path, request: Request) -> Work:
     }
     note = folder / "work.json"
     if note.is_file():
-        _refuse_other(folder, json.loads(note.read_text()), content)
-        return Work(folder)
+        before = Work(folder)
+        if before.content == content:
+            return before
+        if len(before.ledger().labelled):  # what has no label yet binds nobody
+            _refuse_other(folder, before.content, content)
     shutil.rmtree(folder, ignore_errors=True)  # of a start that was killed before anything was computed
     folder.mkdir(parents=True)
     try:

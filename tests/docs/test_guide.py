@@ -21,7 +21,7 @@ WITH_COMMANDS = [p for p in PAGES if MARKED.search(p.read_text())]
 def test_marked_commands_run(page: Path, tmp_path: Path):
     if "$MFFM_DATA" in page.read_text() and "MFFM_DATA" not in os.environ:
         pytest.skip(f"{page.name} takes public data from $MFFM_DATA, which is not set")
-    for name in ("configs", "data", "tools"):
+    for name in ("configs", "data", "tools", "docs/studies"):
         shutil.copytree(ROOT / name, tmp_path / name)
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
     for block in MARKED.findall(page.read_text()):

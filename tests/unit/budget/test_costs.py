@@ -1,5 +1,6 @@
 """Costs of labels: the law that made them is found, on the shipped labels too; a zero is refused."""
 
+import json
 import os
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from ase.io import read, write
 
 from mffm.budget import costs
 from mffm.budget.costs import Measured, Size
+from mffm.data.store import Store
 from mffm.errors import InputError
 
 ROOT = Path(__file__).parents[3]
@@ -83,7 +85,7 @@ def test_a_rounded_cost_is_refused(tmp_path: Path):
 
 @pytest.mark.skipif("MFFM_DATA" not in os.environ, reason="needs MFFM_DATA")
 def test_a_published_file_with_rounded_costs_is_refused():
-    with pytest.raises(InputError, match="frame 0: cpu_s of 'gfn2' is 0.0"):
+    with pytest.raises(InputError, match=r"frame 0: cpu_s of 'gfn2' is 0\.0"):
         costs.read([Path(os.environ["MFFM_DATA"]) / "ladders" / "molecules.extxyz"], ["gfn2"])
 
 
@@ -91,8 +93,39 @@ def test_sizes_of_stores_and_files(molecule_store: Path):
     sizes = costs.sizes_of([molecule_store])
     frames = read(MOLECULES, ":90")
     assert sorted(size.electrons for size in sizes) == sorted(float(a.numbers.sum()) for a in frames)
-    assert costs.sizes_of([MOLECULES])[0] == (
-        len(frames[0]),
-        frames[0].numbers.sum(),
-        pytest.approx(np.nan, nan_ok=True),
-    )
+    first = costs.sizes_of([MOLECULES])[0]
+    assert (first.atoms, first.electrons) == (len(frames[0]), frames[0].numbers.sum())
+    with pytest.raises(InputError, match=r"nowhere\.xyz: no such file"):
+        costs.sizes_of([Path("nowhere.xyz")])
+
+
+def test_records_of_computed_labels(build_store, tmp_path: Path):
+    """Beside a file, by frame_id, and in a label layer, by row; failed attempts cost nothing that was bought."""
+    frames = read(MOLECULES, ":8")
+    for atoms in frames:
+        for key in [key for key in atoms.info if key.startswith("cpu_s")]:
+            del atoms.info[key]
+    write(tmp_path / "out.extxyz", frames)
+    names = [atoms.info["frame_id"] for atoms in frames]
+    same = {"fidelity": "gfn2", "status": "ok"}
+    lines = [{**same, "frame_id": name, "index": 30 + i, "cpu_ns": 10**6 * (i + 1)} for i, name in enumerate(names)]
+    (tmp_path / "out.records.jsonl").write_text(written([{**lines[0], "status": "failed", "cpu_ns": None}, *lines]))
+    found = costs.read([tmp_path / "out.extxyz"], ["gfn2"])["gfn2"]
+    assert [label.seconds for label in found] == pytest.approx([1e-3 * (i + 1) for i in range(8)])
+    assert found[3].size.atoms == len(frames[3])
+
+    n_lines = sum(2 + len(atoms) for atoms in read(MOLECULES, ":12"))
+    path = build_store(tmp_path / "built", "\n".join(MOLECULES.read_text().splitlines()[:n_lines]) + "\n")
+    store = Store(path)
+    rows = [{**line, "index": i} for i, line in enumerate(lines)]
+    (path / "layers" / store.layers[0].name / "records.jsonl").write_text(written(rows))
+    stored = costs.read([path], ["gfn2"])["gfn2"]
+    assert [label.seconds for label in stored] == pytest.approx([1e-3 * (i + 1) for i in range(8)])
+    assert [label.size.atoms for label in stored] == store.n_atoms[:8].tolist()
+    (tmp_path / "out.records.jsonl").write_text("{}\n")
+    with pytest.raises(InputError, match="line 1 is no record of mffm label"):
+        costs.read([tmp_path / "out.extxyz"], ["gfn2"])
+
+
+def written(entries: list[dict]) -> str:
+    return "".join(json.dumps(entry) + "\n" for entry in entries)
