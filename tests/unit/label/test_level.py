@@ -104,12 +104,16 @@ def test_open_shells_at_xtb(frame_of: FrameOf) -> None:
 @pytest.mark.usefixtures("label_codes")
 def test_an_unconverged_field_is_no_label(frame_of: FrameOf, monkeypatch: pytest.MonkeyPatch) -> None:
     from pyscf import dft, scf
+    from tblite.ase import TBLite
 
     water = frame_of(molecule("H2O"))
     monkeypatch.setattr(dft.rks.RKS, "max_cycle", 2)  # PySCF returns a number all the same, 9 eV off
     record, label = attempted(find("pbe"), water, 7, 1)
     assert label is None
     assert (record.index, record.status, record.error_class, record.converged) == (7, "failed", "convergence", False)
+    monkeypatch.setitem(TBLite.default_parameters, "max_iterations", 2)
+    record, label = attempted(find("gfn2"), water, 7, 1)
+    assert (record.error_class, label) == ("convergence", None)
     monkeypatch.setattr(scf.hf.RHF, "max_cycle", 2)
     record, label = attempted(find("ccsdt"), water, 7, 1)
     assert (record.error_class, label) == ("convergence", None)

@@ -83,6 +83,9 @@ def test_what_comes_out_goes_into_a_store(labelled: Labelled, tmp_path: Path) ->
     assert Store(store).spin_multiplicity.tolist() == [1] * 6
     with pytest.raises(InputError, match=r"out\.extxyz: exists; give another name with --out"):
         labelled(tmp_path / "in.extxyz", FATES, tmp_path / "out.extxyz", "lj")
+    (tmp_path / "mine.yaml").write_text("a user's own")
+    with pytest.raises(InputError, match=r"mine\.yaml: exists, and would be written too"):
+        labelled(tmp_path / "in.extxyz", FATES, tmp_path / "mine.extxyz", "lj")
 
 
 @pytest.mark.usefixtures("label_codes")
