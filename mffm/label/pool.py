@@ -146,15 +146,13 @@ class Pool:
         if index == IDLE:
             return
         seconds = (time.monotonic_ns() - started) * 1e-9
-        if self.limits.seconds is not None and seconds > self.limits.seconds:
-            reason = f"not done after {self.limits.seconds:g} s (--time-limit)"
-            limit = {"seconds": self.limits.seconds}
-        elif self.limits.gigabytes is not None:
-            used = resident_bytes(worker.process.pid or 0) * 1e-9
-            if used <= self.limits.gigabytes:
-                return
+        used = resident_bytes(worker.process.pid or 0) * 1e-9
+        if self.limits.gigabytes is not None and used > self.limits.gigabytes:
             reason = f"used {used:.2f} GB of memory, more than {self.limits.gigabytes:g} GB (--memory-limit)"
             limit = {"gigabytes": self.limits.gigabytes}
+        elif self.limits.seconds is not None and seconds > self.limits.seconds:
+            reason = f"not done after {self.limits.seconds:g} s (--time-limit)"
+            limit = {"seconds": self.limits.seconds}
         else:
             return
         worker.process.kill()

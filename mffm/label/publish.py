@@ -157,12 +157,22 @@ def _write_file(work: Work, ledger: Ledger, chosen: np.ndarray, output: Path, su
             keys |= set(atoms.info)
             _put(work.fidelity.name, ledger, index, atoms, summary)
             write_extxyz(file, [atoms], write_results=True)
-    with output.with_name(f"{output.stem}.{RECORDS}").open("w") as file:
+    with records_of(output).open("w") as file:
         write_records(work, file)
-    summary.data_yaml = output.with_suffix(".yaml")
+    summary.data_yaml = data_yaml_of(output)
     summary.data_yaml.write_text(_data_yaml(work, output, summary, keys))
     records.publish(aside, output)
     summary.written = output
+
+
+def records_of(output: Path) -> Path:
+    """Return where the records of a file's labels go."""
+    return output.with_name(f"{output.stem}.{RECORDS}")
+
+
+def data_yaml_of(output: Path) -> Path:
+    """Return where the data YAML for a file goes."""
+    return output.with_name(f"{output.stem}.yaml")
 
 
 def _put(fidelity: str, ledger: Ledger, index: int, atoms: Atoms, summary: Summary) -> None:
@@ -205,4 +215,4 @@ def _data_yaml(work: Work, output: Path, summary: Summary, keys: set[str]) -> st
         "sources": [source],
     }
     text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=110)
-    return f"# Written by mffm label. Correct the licence, then: mffm ingest {output.with_suffix('.yaml').name}\n{text}"
+    return f"# Written by mffm label. Correct the licence, then: mffm ingest {data_yaml_of(output).name}\n{text}"

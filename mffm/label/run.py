@@ -14,7 +14,7 @@ from mffm.executor import Executor, Job, State, locked
 from mffm.label import levels, task
 from mffm.label.journal import Limits
 from mffm.label.pool import Pool
-from mffm.label.publish import Summary, finish, layer_is_ours
+from mffm.label.publish import Summary, data_yaml_of, finish, layer_is_ours, records_of
 from mffm.label.work import Request, Work, begin, settings_hash
 
 Progress = Callable[[int, int, int], None]  # labels and failures so far, of how many structures
@@ -80,6 +80,9 @@ def _there_already(request: Request, layer: str, output: Path | None, folder: Pa
     """
     if output is not None:
         if not output.exists():
+            beside = [path for path in (data_yaml_of(output), records_of(output)) if path.exists()]
+            if beside and not (folder / "work.json").is_file():
+                raise InputError(f"{beside[0]}: exists, and would be written too; give another name with --out")
             return ""
         if not (folder / "work.json").is_file():
             raise InputError(f"{output}: exists; give another name with --out, or remove it")

@@ -45,7 +45,7 @@ def test_whatever_a_code_does_costs_one_structure(labelled: Labelled, tmp_path: 
     frames[0].positions[1, 2] = 0.1  # overlapping atoms
     write(tmp_path / "in.extxyz", frames)
     out = tmp_path / "out.extxyz"
-    done = labelled(tmp_path / "in.extxyz", FATES, out, "lj", workers=2, limits=Limits(10.0, 0.5))
+    done = labelled(tmp_path / "in.extxyz", FATES, out, "lj", workers=2, limits=Limits(15.0, 0.5))
     assert done.failures == {"input": 1, "lost": 1, "resource": 2, "convergence": 2, "unknown": 1}
     found = read(out, ":")
     assert [frame.info["frame_id"] for frame in found] == [f"in-{i:05d}" for i in range(8)]
@@ -55,7 +55,7 @@ def test_whatever_a_code_does_costs_one_structure(labelled: Labelled, tmp_path: 
     reasons = [frame.info.get("label_error_lj", "") for frame in found]
     for reason, expected in zip(
         reasons,
-        ("input: atoms 0 and 1", "lost: the worker process ended: exit code 9", "resource: not done after 10 s",
+        ("input: atoms 0 and 1", "lost: the worker process ended: exit code 9", "resource: not done after 15 s",
          "resource: used 0.", "convergence: NotConverged: Fates says", "convergence: NotConverged: the energy",
          "unknown: RuntimeError: a fault of the code", ""),
         strict=True,
@@ -83,6 +83,9 @@ def test_what_comes_out_goes_into_a_store(labelled: Labelled, tmp_path: Path) ->
     assert Store(store).spin_multiplicity.tolist() == [1] * 6
     with pytest.raises(InputError, match=r"out\.extxyz: exists; give another name with --out"):
         labelled(tmp_path / "in.extxyz", FATES, tmp_path / "out.extxyz", "lj")
+    (tmp_path / "mine.yaml").write_text("a user's own")
+    with pytest.raises(InputError, match=r"mine\.yaml: exists, and would be written too"):
+        labelled(tmp_path / "in.extxyz", FATES, tmp_path / "mine.extxyz", "lj")
 
 
 @pytest.mark.usefixtures("label_codes")
@@ -90,33 +93,33 @@ def test_a_store_gets_a_layer(labelled: Labelled, molecule_store: Path, tmp_path
     path = tmp_path / "store"
     shutil.copytree(molecule_store, path)
     before = Store(path)
-    done = labelled(path, "spgfn2", n=20)
+    done = labelled(path, "gfn2", name="again", n=20)
     store = Store(path)
     assert (done.n_labels, done.failures) == (20, {})
-    assert store.label_counts() == {**before.label_counts(), "spgfn2": {"energy": 20, "forces": 20}}
-    rows = store.rows(fidelity="spgfn2")
-    # Closed shells: with spin polarisation as without. The shipped GFN2 labels are those of another run.
-    np.testing.assert_allclose(store.energies("spgfn2", rows), store.energies("gfn2", rows), atol=1e-6)
+    assert store.label_counts() == {**before.label_counts(), "again": {"energy": 20, "forces": 20}}
+    rows = store.rows(fidelity="again")
+    # The shipped GFN2 labels are those of another program's run.
+    np.testing.assert_allclose(store.energies("again", rows), store.energies("gfn2", rows), atol=1e-6)
     for row in rows[:5]:
-        np.testing.assert_allclose(store.labels(row, "spgfn2")[FORCES], store.labels(row, "gfn2")[FORCES], atol=1e-4)
+        np.testing.assert_allclose(store.labels(row, "again")[FORCES], store.labels(row, "gfn2")[FORCES], atol=1e-5)
     assert store.geometry_fingerprint == before.geometry_fingerprint
     assert [layer.fingerprint for layer in store.layers[:-1]] == [layer.fingerprint for layer in before.layers]
-    settings = store.fidelities["spgfn2"]
-    assert (settings.level_of_theory, settings.code) == ("spGFN2-xTB", "tblite 0.8.0")
-    assert "spin polarisation 1" in settings.settings
+    settings = store.fidelities["again"]
+    assert (settings.level_of_theory, settings.code) == ("GFN2-xTB", "tblite 0.8.0")
+    assert "no spin polarisation" in settings.settings
     assert store.sources[-1] == {"name": "new", "licence": "MIT", "citation": ""}
     records = records_of(path / "layers" / "new" / "records.jsonl")
     assert sorted(record["index"] for record in records) == rows.tolist()
     assert all(record["cpu_ns"] > 0 for record in records), "milliseconds are not rounded to nothing"
     store.verify()
-    request = Request(Source.of([path]), "spgfn2", None, 20)
+    request = Request(Source.of([path]), "gfn2", "again", 20)
     there = label(request, "new", None, 1, Limits(), lambda *_: None)
     assert isinstance(there, str)
     assert "complete already: layer new has 20 labels, 0 structures failed" in there
-    labelled(path, "spgfn2", layer="more", n=25)  # nested: the same 20 and five more
-    assert len(Store(path).rows(fidelity="spgfn2")) == 25
-    with pytest.raises(InputError, match=r"fidelity 'pbe' is 'PBE/def2-SVP' .* and 'spGFN2-xTB' here"):
-        labelled(path, "spgfn2", name="pbe", layer="other")
+    labelled(path, "gfn2", name="again", layer="more", n=25)  # nested: the same 20 and five more
+    assert len(Store(path).rows(fidelity="again")) == 25
+    with pytest.raises(InputError, match=r"fidelity 'pbe' is 'PBE/def2-SVP' .* and 'GFN2-xTB' here"):
+        labelled(path, "gfn2", name="pbe", layer="other")
 
 
 def test_a_teacher_is_named_so(labelled: Labelled, tiny_release: Path, molecule_store: Path, tmp_path: Path) -> None:
@@ -182,7 +185,7 @@ def test_a_calculator_that_moves_atoms_labels_nothing(labelled: Labelled, tmp_pa
     [
         ([dimer(2, frame_id="a"), dimer(2, 1.3, frame_id="a")], r"frame 1: frame_id 'a' occurs twice \(first: in.*:0"),
         ([dimer(2), dimer(2, np.nan)], "frame 1: positions: nan"),
-        ([dimer(2, charge=0.5)], "frame 0: charge charge=0.5 is not a whole number"),
+        ([dimer(2, charge=0.5)], "frame 0: charge charge='0.5' is not a whole number"),
     ],
 )
 def test_bad_structures_are_named_before_anything_is_computed(
