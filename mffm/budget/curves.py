@@ -148,7 +148,8 @@ def read(path: Path, panel: str | None = None, method: str | None = None) -> Cur
 
     Args:
         panel: kind of split and property, "iid/energy"; None: the report's first.
-        method: None: the one with the least error at the most labels, of those with three numbers of labels.
+        method: None: the one with the least error at its most labels, of those with three numbers of labels that need
+            no low level at inference.
 
     Raises:
         InputError: no such report, panel or method; too few numbers of labels.
@@ -161,11 +162,12 @@ def read(path: Path, panel: str | None = None, method: str | None = None) -> Cur
     methods = panels[panel]
     long = [name for name, points in methods.items() if len(points) >= MIN_SIZES]
     if method is None:
-        if not long:
+        plain = [n for n in long if not report.get("methods", {}).get(n, {}).get("needs_lf_at_inference")]
+        if not plain:
             raise InputError(
                 f"{path}: no method of {panel} has {MIN_SIZES} numbers of labels; add some to the study's n_high"
             )
-        method = min(long, key=lambda name: methods[name][-1]["mean"])
+        method = min(plain, key=lambda name: methods[name][-1]["mean"])
     if method not in methods:
         raise InputError(f"{path}: no method {method!r} in {panel}; methods: {known(methods)}")
     if method not in long:

@@ -23,7 +23,7 @@ AS_GOOD = 1.05  # error over the least one up to which a split of the budget cou
 FIRST = 1 / 3  # share to buy before the curves are fitted again
 MAX_LEVELS = 3
 _DRAWS = 1_000  # for the search; the interval takes all
-_GRID = {1: 1, 2: 240, 3: 60}  # spends of a level that are tried
+_GRID = {1: 120, 2: 240, 3: 60}  # spends of a level that are tried
 
 
 @dataclass(frozen=True)
@@ -120,6 +120,8 @@ def propose(levels: Sequence[Level], budget: float) -> Plan:
     grids = [_spends(level, budget, _GRID[len(levels)]) for level in others]
     combinations = [c for c in itertools.product(*grids) if sum(c) <= budget]
     spends = np.array([[*c, min(budget - sum(c), last.cap)] for c in combinations])
+    if not others:  # less than all may be as good
+        spends = _spends(last, budget, _GRID[1])[:, None]
     squared = np.zeros((len(spends), _DRAWS))
     for i, level in enumerate(levels):
         unique, at = np.unique(spends[:, i], return_inverse=True)

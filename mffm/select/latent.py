@@ -86,7 +86,9 @@ def _rows(
             _, positions, cell, pbc = one.geometry
             found = neighbor_list(positions, cell, pbc, at.cutoff)
         except InputError as error:
-            raise InputError(f"{place(index)} ({one.formula}): {error}; or leave it out of the pool") from error
+            raise InputError(
+                f"{place(index)} ({one.formula}): {error}; leave it out of the pool (--elements)"
+            ) from error
         size = len(found[0]) + len(one.geometry[0])
         if waiting and n_edges + size > EDGE_BUDGET:
             yield _asked(at, quantity, structures, place, waiting)

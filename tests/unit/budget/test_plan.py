@@ -102,6 +102,8 @@ def test_three_levels():
 def test_limits_of_a_plan():
     one = levels({"pbe": curve("pbe", 300, 0.6, 5.0)}, {"pbe": 10.0})
     assert not any("times" in w for w in propose(one, 10.0 * 400 * 2.9).warnings)
+    (share,) = propose(one, 10.0 * 400 * 2.9).shares
+    assert 0 < share.least < share.buy == share.most  # the last labels of all bring less than 5 %
     assert any("beyond 4 times" in w for w in propose(one, 10.0 * 400 * 3.5).warnings)
     with pytest.raises(InputError, match="more than 16 times the labels of every learning curve"):
         propose(one, 10.0 * 400 * 15.1)
