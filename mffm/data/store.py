@@ -322,6 +322,11 @@ class Store:
         counts[frame, self.element[entry]] = self._element_count[entry]
         return counts
 
+    def elements(self, row: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return the atomic numbers that occur in a row, ascending, and how many atoms of each."""
+        place = slice(int(self._element_start[row]), int(self._element_start[row + 1]))
+        return self.element[place], self._element_count[place]
+
     def geometry(self, row: int) -> records.Geometry:
         """Return ``(atomic_numbers u8 [n], positions f8 [n, 3], cell f8 [3, 3], pbc bool [3])``: read-only views, Å."""
         return records.unpack_geometry(self.geometry_shards.get(int(self.shard[row]), int(row)))
@@ -383,6 +388,12 @@ class Store:
 
     def edges_fingerprint(self, cutoff: float) -> str:
         return str(_read_json(self._edges(cutoff))["sha256"])
+
+    def neighbor_histograms(self) -> dict[float, dict[str, int]]:
+        """Return cutoff → (mean neighbors of a structure's atoms, rounded → structures), of the counts in the store."""
+        found = (_read_json(path) for path in (self.path / "edges").glob("cutoff-*.json"))
+        known = {meta["cutoff"]: meta.get("neighbors_per_atom") for meta in found}
+        return {cutoff: known[cutoff] for cutoff in sorted(known) if known[cutoff]}
 
     def _edges(self, cutoff: float) -> Path:
         for folder in edge_folders(self.path, self.geometry_fingerprint):
