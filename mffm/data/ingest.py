@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import pickle
 import re
 import time
 from collections.abc import Iterator
@@ -21,6 +22,7 @@ from mffm.data.checks import frame_fault
 from mffm.data.edges import count_edges
 from mffm.data.finish import Contents, finish
 from mffm.data.identity import geometry_hash, lookup_keys
+from mffm.data.parts import Extent
 from mffm.data.readers import READERS, reader_name, wanted
 from mffm.data.readers.chunk import Chunk
 from mffm.data.readers.convert import RejectedFrame, Wanted
@@ -34,8 +36,10 @@ from mffm.fidelity import Fidelity, FidelityTable
 
 _MOST_KEYS = 500  # names of values kept per source, for messages
 COMMIT_FRAMES = 4096  # a kill loses at most this many frames' work
-# Up to this size a file is read by the worker that processes it; of larger ones the chunks are dealt out.
-_WHOLE_FILE_BYTES = 1 << 24
+# Up to these sizes a file is read by the worker that processes it, of larger ones the chunks are dealt out. Lines of
+# text are cheap to deal out; what a format decodes while it reads is not, but a kill loses what was read of a file.
+_WHOLE_TEXT_BYTES = 1 << 24
+_WHOLE_FILE_BYTES = 1 << 30
 
 
 class Work(NamedTuple):
@@ -156,7 +160,8 @@ def _edges(geometry: records.Geometry, cutoffs: tuple[float, ...]) -> tuple[int,
     return tuple(count(positions, cell, pbc, cutoff) for cutoff in cutoffs)
 
 
-Staged = list[tuple[Chunk, list[Item | RejectedFrame], set[str]]]
+# Of consecutive chunks: their items, or where these lie pickled, and the keys that were seen.
+Staged = list[tuple[Chunk, list[Item | RejectedFrame] | Extent, set[str]]]
 
 
 def stage_chunk(chunk: Chunk, settings: Settings, folder: Path) -> Staged:
@@ -172,9 +177,16 @@ def stage_chunk(chunk: Chunk, settings: Settings, folder: Path) -> Staged:
 
 
 def stage_file(path: Path, start: int, first: int, settings: Settings, folder: Path) -> Staged:
-    """Read and process a small file, or what is left of it; runs in any process."""
-    chunks = READERS[settings.reader].chunks(path, settings.want, start, first)
-    return [staged for chunk in chunks for staged in stage_chunk(chunk, settings, folder)]
+    """Read and process a file, or what is left of it; runs in any process.
+
+    The items lie in the part file too: those of a file would fill the memory of the process that waits for them.
+    """
+    staged: Staged = []
+    for chunk in READERS[settings.reader].chunks(path, settings.want, start, first):
+        ((read, items, keys),) = stage_chunk(chunk, settings, folder)
+        (extent,) = parts.append(folder, [pickle.dumps(items)])
+        staged.append((read, extent, keys))
+    return staged
 
 
 def ingest(config: DataConfig, base: Path, store: Path | None = None, progress: bool = True) -> IngestReport:
@@ -312,7 +324,8 @@ def _calls(
     for k in range(state["file"], len(work)):
         path = work[k].path
         start, first = (state["position"], state["frame"]) if k == state["file"] else (0, 0)
-        if whole and path.stat().st_size <= _WHOLE_FILE_BYTES:
+        text = work[k].reader == "extxyz" and path.suffix != ".gz"
+        if whole and path.stat().st_size <= (_WHOLE_TEXT_BYTES if text else _WHOLE_FILE_BYTES):
             yield k, stage_file, (path, start, first, settings[k], folder)
             continue
         for chunk in READERS[work[k].reader].chunks(path, settings[k].want, start, first):
@@ -343,7 +356,7 @@ def _read_sources(
             for chunk, items, keys in staged:
                 known_keys = state["source_keys"][work[k].source]
                 known_keys += sorted(keys.difference(known_keys))[: _MOST_KEYS - len(known_keys)]
-                for item in items:
+                for item in pickle.loads(staging.bytes_of(items)) if isinstance(items, Extent) else items:
                     _take(staging, item, config, work[k], splitter)
                 state["source_frames"][work[k].source] += chunk.n
                 state.update(position=chunk.next_position, frame=chunk.first + chunk.n)
