@@ -144,12 +144,13 @@ def stats(store: StoreArgument) -> None:
     say("energy: eV per atom, rms about its mean; forces: eV/Å, stress: eV/Å³, of components; most: of absolute values")
 
 
-def _numbers(prop: str, numbers: "Statistics") -> tuple[str, str, str, str]:
+def _numbers(prop: str, numbers: "Statistics") -> tuple[str, ...]:
     from mffm.data.statistics import rms
 
     if prop == "energy":
-        return f"{numbers['mean']:.4f}", f"{rms(numbers):.4f}", f"{numbers['least']:.4f}", f"{numbers['most']:.4f}"
-    return "", f"{rms(numbers):.4f}", "", f"{numbers['largest']:.4f}"
+        shown = [numbers["mean"], rms(numbers), numbers["least"], numbers["most"]]
+        return tuple(f"{value:.5g}" for value in shown)
+    return "", f"{rms(numbers):.5g}", "", f"{numbers['largest']:.5g}"
 
 
 def _quantiles(histogram: dict[str, int]) -> str:
@@ -174,5 +175,5 @@ def stage(
     from mffm.data.store import Store
 
     done = stage_store(Store(store), out, progress=True)
-    what = f"{done.n_bytes / 1e9:.2f} GB copied and checked" if done.n_bytes else "there already"
+    what = f"{done.n_bytes / 1e6:,.1f} MB copied and checked" if done.n_bytes else "there already"
     say(f"{out}: {what}, fingerprint {done.fingerprint}")
