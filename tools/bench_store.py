@@ -11,6 +11,7 @@ Prints Markdown; one process, one core; under a minute (--index: minutes, the fi
 import argparse
 import json
 import os
+import pickle
 import platform
 import resource
 import subprocess
@@ -29,6 +30,7 @@ from mffm.data import ingest as ingest_module
 from mffm.data import shards
 from mffm.data.ingest import ingest
 from mffm.data.readers import READERS, read, reader_name, wanted
+from mffm.data.staging import Staging
 from mffm.data.store import Store
 
 
@@ -171,25 +173,30 @@ class Spent:
 def ingest_costs(path: Path, n_frames: int, frame_key: str | None) -> tuple[float, float]:
     """Return CPU seconds per frame of an ingest: of what the workers do, and of the first process.
 
-    What does not grow with the frames (the report of samples) is left out.
+    What is done once for a store (the index, the report of samples) is left out.
     """
     data = config(path, path.with_suffix(f"{path.suffix}-store"), frame_key)
     want = wanted(data.sources[0])
     reader = reader_name(path)
-    by_worker, report = Spent(), Spent()
+    worker, first, received, handed_over = Spent(), Spent(), Spent(), Spent()
+    stage = worker.around(ingest_module.stage_chunk)
+
+    def stage_and_hand_over(*arguments: Any) -> Any:
+        return received.around(pickle.loads)(handed_over.around(pickle.dumps)(stage(*arguments)))
+
     with (
-        patch.object(ingest_module, "stage_chunk", by_worker.around(ingest_module.stage_chunk)),
-        patch.object(shards, "write_geometry_shard", by_worker.around(shards.write_geometry_shard)),
-        patch.object(shards, "write_label_shard", by_worker.around(shards.write_label_shard)),
-        patch.object(ingest_module, "finish_report", report.around(ingest_module.finish_report)),
+        patch.object(ingest_module, "stage_chunk", stage_and_hand_over),
+        patch.object(shards, "write_geometry_shard", worker.around(shards.write_geometry_shard)),
+        patch.object(shards, "write_label_shard", worker.around(shards.write_label_shard)),
+        patch.object(ingest_module, "_take", first.around(ingest_module._take)),
+        patch.object(Staging, "_save", first.around(Staging._save)),
     ):
-        total = seconds(lambda: ingest(data, path.parent, progress=False), 1)
+        ingest(data, path.parent, progress=False)
     # A format that decodes while it reads is read by the workers, file by file; lines of text by the first process.
-    reading = (
-        0.0 if reader == "extxyz" else seconds(lambda: sum(1 for _ in READERS[reader].chunks(path, want, 0, 0)), 1)
-    )
-    first = total - by_worker.seconds - report.seconds - reading
-    return (by_worker.seconds + reading) / n_frames, first / n_frames
+    reading = seconds(lambda: sum(1 for _ in READERS[reader].chunks(path, want, 0, 0)), 2)
+    by_worker = worker.seconds + handed_over.seconds + (0.0 if reader == "extxyz" else reading)
+    by_first = first.seconds + received.seconds + (reading if reader == "extxyz" else 0.0)
+    return by_worker / n_frames, by_first / n_frames
 
 
 def print_formats(folder: Path, n_frames: int, n_atoms: int) -> None:
@@ -218,16 +225,15 @@ def print_index(folder: Path, n_frames: int) -> None:
     if not (store / "manifest.json").is_file():
         subprocess.run([sys.executable, tool, "write", store, "--frames", str(n_frames), "--index-only"], check=True)
     print(f"## An index of {n_frames:,} frames, {n_frames // 50_000:,} shards (synthetic; tools/synthetic_store.py)\n")
-    print(
-        "| start | open, s | pools, s | plan and fingerprint, s | first step from a saved cursor, s | memory of its own, MB | peak RSS, MB |"
-    )
+    times = "open, s | pools, s | plan and fingerprint, s | first step from a saved cursor, s"
+    print(f"| start | {times} | memory of its own, MB | peak RSS, MB |")
     print("|---|---|---|---|---|---|---|")
     for start in ("first" if not (store / "pools").exists() else "later", "later"):
         done = subprocess.run([sys.executable, tool, "probe", store], capture_output=True, text=True, check=True)
         found = json.loads(done.stdout)
-        times = [f"{found[name]:.2f}" for name in ("open_s", "pools_s", "plan_s", "step_s")]
+        took = [f"{found[name]:.2f}" for name in ("open_s", "pools_s", "plan_s", "step_s")]
         sizes = [f"{found[name] / 1e6:.0f}" for name in ("index_bytes", "peak_bytes")]
-        print(f"| {start} | {' | '.join([*times, *sizes])} |")
+        print(f"| {start} | {' | '.join([*took, *sizes])} |")
 
 
 def print_peers(folder: Path, n_frames: int, n_atoms: int) -> None:
