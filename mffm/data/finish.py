@@ -19,7 +19,7 @@ from mffm.data.records import SCHEMA_VERSION
 from mffm.data.shards import Entry, edge_column, label_file, label_shard
 from mffm.data.staging import Staging
 from mffm.data.store import COLUMNS, ELEMENT_COLUMNS, combined_fingerprint
-from mffm.data.workers import Workers
+from mffm.data.workers import Meter, Workers
 from mffm.fidelity import FidelityTable
 from mffm.keys import PROPERTIES
 
@@ -41,7 +41,12 @@ _DTYPES = {
 
 
 def finish(
-    staging: Staging, contents: "Contents", layers: Sequence[tuple[str, str]], config_hash: str, workers: Workers
+    staging: Staging,
+    contents: "Contents",
+    layers: Sequence[tuple[str, str]],
+    config_hash: str,
+    workers: Workers,
+    progress: bool = False,
 ) -> None:
     """Write what remains of a store whose sources were all read; the manifest, which makes it a store, comes last.
 
@@ -51,6 +56,7 @@ def finish(
         layers: name and source of every label layer.
         config_hash: of what the store is made from.
         workers: that write the shards.
+        progress: show how far the labels are.
     """
     state = staging.state
     folder = staging.folder
@@ -189,18 +195,21 @@ def _index(parts: Sequence[Path], n: int, folder: Path) -> dict[str, str]:
     return hashes
 
 
-def _layer(staging: Staging, k: int, name: str, source: str, workers: Workers) -> dict[str, Any]:
+def _layer(staging: Staging, k: int, name: str, source: str, workers: Workers, progress: bool) -> dict[str, Any]:
     """Write the label layer of source ``k``; return its entry for the manifest."""
     entries: list[Entry] = staging.state["layer_shards"][k]
     folder = staging.folder / "layers" / name
     folder.mkdir(parents=True, exist_ok=True)
     under_way: deque[Future[Entry]] = deque()
-    for future in chain(staging.start_label_shards(k, name), [None]):
-        if future is not None:
-            under_way.append(future)
-        while under_way and (future is None or under_way[0].done() or len(under_way) > workers.workers):
-            entries.append(under_way.popleft().result())
-            staging.commit()
+    with Meter(staging.state["layer_rows"][k], progress, f"labels of {name}") as meter:
+        for future in chain(staging.start_label_shards(k, name), [None]):
+            if future is not None:
+                under_way.append(future)
+            while under_way and (future is None or under_way[0].done() or len(under_way) > workers.workers):
+                entries.append(under_way.popleft().result())
+                staging.commit()
+                n_rows = sum(entry["n_frames"] for entry in entries)
+                meter.update(n_rows, {"n_rows": n_rows})
     parts = [staging.folder / "staging" / f"layer-{k}-{i:05d}.npz" for i in range(len(entries))]
     return close_layer(folder, name, source, staging.layers[k], entries, parts)
 

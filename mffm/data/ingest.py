@@ -265,7 +265,7 @@ def _ingest(config: DataConfig, base: Path, folder: Path, progress: bool) -> Ing
             raise
         sources = [{"name": s.name, "licence": s.licence, "citation": s.citation} for s in config.sources]
         contents = Contents(folder.name, fidelity_table(config), sources, config.shard_frames)
-        finish(staging, contents, [(s.name, s.name) for s in config.sources], config_hash, workers)
+        finish(staging, contents, [(s.name, s.name) for s in config.sources], config_hash, workers, progress)
         rejected = list(islice(staging.rejected(), 20))
         result = Store(folder)
         count_missing(result, config)

@@ -90,7 +90,7 @@ def merge(stores: Sequence[Path], out: Path, workers: int = 1, progress: bool = 
             _take_all(staging, opened, whole, run, progress)
             contents = Contents(out.name, whole.fidelities, whole.sources, shard_frames, made_from=made_from)
             named = [(name, source) for name, (source, _) in whole.layers.items()]
-            finish(staging, contents, named, config_hash, run)
+            finish(staging, contents, named, config_hash, run, progress)
             state = staging.state
         staging.remove_working_files()
     except BrokenProcessPool as error:

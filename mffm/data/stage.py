@@ -39,6 +39,8 @@ def stage(store: Store, out: Path, progress: bool = False) -> Staged:
     out.parent.mkdir(parents=True, exist_ok=True)
     with _alone(out):
         if out.exists() and any(out.iterdir()):
+            if not (out / "manifest.json").is_file():
+                raise InputError(f"{out}: holds something that is no store; name another folder")
             if read_manifest(out)["fingerprint"] != store.manifest["fingerprint"]:
                 raise InputError(f"{out}: holds another store, {read_manifest(out)['name']!r}; name another folder")
             return Staged(out, 0, Store(out).fingerprint)

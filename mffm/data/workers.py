@@ -44,9 +44,13 @@ class Workers:
             )
         return self
 
-    def __exit__(self, *exception: object) -> None:
-        if self._executor is not None:
-            self._executor.shutdown(wait=True, cancel_futures=True)
+    def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
+        if self._executor is None:
+            return
+        if kind is not None:  # nobody waits for what is under way, which may be minutes of reading
+            for process in list((self._executor._processes or {}).values()):
+                process.terminate()
+        self._executor.shutdown(wait=True, cancel_futures=True)
 
     def submit(self, function: Callable[..., Any], *arguments: Any) -> "Future[Any]":
         """Start a call; in this process it is done, or has raised, on return."""
