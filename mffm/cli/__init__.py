@@ -25,6 +25,7 @@ from mffm.cli import (
     properties,
     release,
     selection,
+    store,
     study,
     training,
 )
@@ -72,6 +73,7 @@ COMMANDS = (  # in the order of ``mffm --help``
 for command in COMMANDS:
     app.command()(command)
 app.add_typer(fidelity.app, name="fidelity")
+app.add_typer(store.app, name="store")
 app.add_typer(study.app, name="study")
 app.add_typer(config.app, name="config")
 

@@ -22,6 +22,7 @@ def ingest(
     add_labels: Annotated[
         str | None, typer.Option(help="add the YAML's labels as a layer of this name to a store that exists")
     ] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="processes, instead of the YAML's number")] = None,
 ) -> None:
     """Read labelled structures into a store of sharded LMDB."""
     from mffm.config.base import load
@@ -30,6 +31,8 @@ def ingest(
     from mffm.data import layers
 
     data = load(DataConfig, config, overrides or [])
+    if workers is not None:
+        data = data.model_copy(update={"workers": workers})
     if add_labels is not None:
         numbers = layers.add_labels(store or Path(data.store), data, config.parent, add_labels, progress=True)
         shown = ", ".join(f"{n:,} {what}" for what, n in numbers.items())

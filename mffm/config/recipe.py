@@ -58,6 +58,13 @@ class PlanConfig(Schema):
     edges_per_microbatch: int | None = Field(
         None, ge=1, description="edges that fit a device; None: one microbatch a step"
     )
+    block_frames: int | None = Field(
+        None,
+        ge=1,
+        description="frames that lie together in the store and are drawn near each other, for file systems on which "
+        "reading at random is slow: steps mix 64 such blocks at a time, every frame still comes once a pass; "
+        "None: frames in any order",
+    )
     oversize: Literal["error", "single", "skip"] = Field(
         "error", description="a frame over the budget: stop, be a batch of its own, be left out"
     )

@@ -2,15 +2,14 @@
 
 import hashlib
 import os
-from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
 
-from mffm.data import records
+from mffm.data import records, statistics
 from mffm.data.store import Store, edge_folders
+from mffm.data.workers import Workers
 from mffm.errors import InputError
 
 _BLOCK = 2000  # rows a task: a second of work for crystals
@@ -39,43 +38,72 @@ def count_edges(store_path: str | Path, cutoff: float, workers: int = 1) -> Path
     store = Store(store_path)
     folder = _writable_folder(store)
     blocks = [(first, min(first + _BLOCK, store.n_frames)) for first in range(0, store.n_frames, _BLOCK)]
-    path = folder / f"cutoff-{cutoff:g}.npy"
-    temporary = folder / f"cutoff-{cutoff:g}.tmp.npy"
     try:
-        column = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.dtype("<i4"), shape=(store.n_frames,))
-        for (first, last), counts in zip(blocks, _counts(store, blocks, cutoff, workers), strict=True):
-            column[first:last] = counts
-        column.flush()
-        total = int(column.sum(dtype=np.int64))
-        digest = hashlib.sha256(column.tobytes()).hexdigest()
-        del column
-        records.publish(temporary, path)
-        records.write_json(
-            path.with_suffix(".json"),
-            {
-                "cutoff": cutoff,
-                "n_edges": total,
-                "sha256": digest,
-                "geometry_fingerprint": store.geometry_fingerprint,
-            },
-        )
+        counts = _counts(store, blocks, cutoff, workers)
+        path = write_edges(folder, cutoff, store.n_frames, counts, store.n_atoms, store.geometry_fingerprint)
     except OSError as error:
-        explained = records.disk_error(error, path)
+        explained = records.disk_error(error, folder)
         if explained is None:
             raise
         raise explained from error
     return path
 
 
-def _counts(store: Store, blocks: list[tuple[int, int]], cutoff: float, workers: int) -> Iterator[np.ndarray]:
-    if workers <= 1 or len(blocks) == 1:
-        for first, last in blocks:
-            yield _count(store, first, last, cutoff)
-        return
-    with ProcessPoolExecutor(min(workers, len(blocks)), mp_context=get_context("spawn")) as pool:
-        yield from pool.map(
-            _count, [store] * len(blocks), [b[0] for b in blocks], [b[1] for b in blocks], [cutoff] * len(blocks)
+def write_edges(
+    folder: Path,
+    cutoff: float,
+    n_frames: int,
+    counts: Iterable[np.ndarray],
+    n_atoms: np.ndarray,
+    geometry_fingerprint: str,
+) -> Path:
+    """Write edge counts, row by row, as a sidecar with their histogram; return the file.
+
+    Args:
+        folder: of the sidecars.
+        cutoff: Å.
+        n_frames: of the store.
+        counts: directed edges of consecutive rows, block by block.
+        n_atoms: [n_frames].
+        geometry_fingerprint: of the store.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"cutoff-{cutoff:g}.npy"
+    temporary = folder / f"cutoff-{cutoff:g}.tmp.npy"
+    column = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.dtype("<i4"), shape=(n_frames,))
+    digest = hashlib.sha256()
+    per_atom: dict[str, int] = {}
+    first = total = 0
+    for block in counts:
+        values = np.ascontiguousarray(block, "<i4")
+        column[first : first + len(values)] = values
+        digest.update(values.data)
+        total += int(values.sum(dtype=np.int64))
+        statistics.add_histogram(
+            per_atom, statistics.histogram(np.rint(values / n_atoms[first : first + len(values)]).astype(np.int64))
         )
+        first += len(values)
+    assert first == n_frames
+    column.flush()
+    del column
+    records.publish(temporary, path)
+    records.write_json(
+        path.with_suffix(".json"),
+        {
+            "cutoff": cutoff,
+            "n_edges": total,
+            "neighbors_per_atom": dict(sorted(per_atom.items(), key=lambda item: int(item[0]))),
+            "sha256": digest.hexdigest(),
+            "geometry_fingerprint": geometry_fingerprint,
+        },
+    )
+    return path
+
+
+def _counts(store: Store, blocks: list[tuple[int, int]], cutoff: float, workers: int) -> Iterator[np.ndarray]:
+    with Workers(min(workers, len(blocks))) as pool:
+        for _, counts in pool.in_order((None, _count, (store, first, last, cutoff)) for first, last in blocks):
+            yield counts
 
 
 def _writable_folder(store: Store) -> Path:

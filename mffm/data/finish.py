@@ -4,20 +4,24 @@ kill.
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from mffm.config.data import DataConfig
-from mffm.data import records
+from mffm.data import records, statistics
+from mffm.data.edges import write_edges
 from mffm.data.records import SCHEMA_VERSION
+from mffm.data.shards import Entry, edge_column, label_file, label_shard
 from mffm.data.staging import Staging
 from mffm.data.store import COLUMNS, ELEMENT_COLUMNS, combined_fingerprint
+from mffm.data.workers import Meter, Workers
 from mffm.fidelity import FidelityTable
-from mffm.keys import ENERGY, PROPERTIES
+from mffm.keys import PROPERTIES
 
 _DTYPES = {
     "n_atoms": "<i4",
@@ -36,53 +40,122 @@ _DTYPES = {
 }
 
 
-def finish(staging: Staging, config: DataConfig, fidelities: FidelityTable) -> None:
-    """Write what remains of a store whose sources were all read; the manifest, which makes it a store, comes last."""
+def finish(
+    staging: Staging,
+    contents: "Contents",
+    layers: Sequence[tuple[str, str]],
+    config_hash: str,
+    workers: Workers,
+    progress: bool = False,
+) -> None:
+    """Write what remains of a store whose sources were all read; the manifest, which makes it a store, comes last.
+
+    Args:
+        staging: where everything is.
+        contents: what the manifest says; splits and groups are the working file's.
+        layers: name and source of every label layer.
+        config_hash: of what the store is made from.
+        workers: that write the shards.
+        progress: show how far the labels are.
+    """
     state = staging.state
     folder = staging.folder
-    while (
-        staging.n_flushed() < state["n_rows"]
-    ):  # several where the run was stopped between the last commit and its shards
-        staging.flush_shard()
-    layers = []
-    for k, source in enumerate(config.sources):
-        if state["layer_rows"][k]:
-            layers.append(_layer(staging, k, source.name, source.name))
-    index = _index(staging, folder / "index")
-    groups = staging.group_names()
-    records.write_json(folder / "groups.json", groups)
+    while staging.start_shard():
+        staging.collect(workers.workers)
+    staging.collect()
+    written = [
+        _layer(staging, k, name, source, workers) for k, (name, source) in enumerate(layers) if state["layer_rows"][k]
+    ]
+    parts = [folder / "staging" / f"geometry-{k:05d}.npz" for k in range(len(state["geometry"]))]
+    contents = contents._replace(splits=state["split_names"], groups=staging.group_names())
     _rejected(staging, folder / "rejected.jsonl")
-    geometry_fingerprint = hashlib.sha256(
-        json.dumps(
-            [
-                SCHEMA_VERSION,
-                [entry["content"] for entry in state["geometry"]],
-                {name: digest for name, digest in index.items() if name != "shard.npy"},
-                state["split_names"],
-                groups if len(groups) < 10_000 else records.file_sha256(folder / "groups.json"),
-            ],
-            sort_keys=True,
-        ).encode()
-    ).hexdigest()
-    records.write_json(
-        folder / "manifest.json",
-        {
-            "schema_version": SCHEMA_VERSION,
-            "name": folder.name,
-            "n_frames": state["n_rows"],
-            "shard_frames": staging.shard_frames,
-            "fidelities": fidelities.to_list(),
-            "sources": [{"name": s.name, "licence": s.licence, "citation": s.citation} for s in config.sources],
-            "splits": state["split_names"],
-            "groups": "groups.json",
-            "geometry": state["geometry"],
-            "index": index,
-            "layers": layers,
-            "geometry_fingerprint": geometry_fingerprint,
-            "fingerprint": combined_fingerprint(geometry_fingerprint, [(x["name"], x["fingerprint"]) for x in layers]),
-            "config_hash": state["config_hash"],
-        },
-    )
+    write_manifest(folder, contents, state["geometry"], parts, written, state["cutoffs"], config_hash)
+
+
+class Contents(NamedTuple):
+    """What a manifest says besides its shards."""
+
+    name: str
+    fidelities: FidelityTable
+    sources: list[dict[str, str]]
+    shard_frames: int
+    splits: Sequence[str] = ()
+    groups: Sequence[str] = ()
+    made_from: dict[str, Any] | None = None  # what was done to which stores, for one made of stores
+
+
+def geometry_fingerprint(
+    entries: Sequence[Entry], index: dict[str, str], splits: Sequence[str], groups: Sequence[str], folder: Path
+) -> str:
+    """Return the fingerprint of a store's structures; ``folder`` has the groups.json of ``groups``."""
+    content = [
+        SCHEMA_VERSION,
+        [entry["content"] for entry in entries],
+        {name: digest for name, digest in index.items() if name != "shard.npy"},
+        list(splits),
+        list(groups) if len(groups) < 10_000 else records.file_sha256(folder / "groups.json"),
+    ]
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def write_manifest(
+    folder: Path,
+    contents: Contents,
+    entries: Sequence[Entry],
+    parts: Sequence[Path],
+    layers: Sequence[dict[str, Any]],
+    cutoffs: Sequence[float],
+    config_hash: str,
+) -> None:
+    """Write the index, the groups, the edge counts and at last the manifest of a store whose shards are there.
+
+    Args:
+        folder: of the store.
+        contents: see there.
+        entries, parts: of every geometry shard, the entry with its statistics and the file of its columns.
+        layers: entries of the label layers.
+        cutoffs: Å, that the columns have edge counts for.
+        config_hash: of what the store was made from.
+    """
+    n = sum(entry["n_frames"] for entry in entries)
+    index = _index(parts, n, folder / "index")
+    records.write_json(folder / "groups.json", list(contents.groups))
+    fingerprint = geometry_fingerprint(entries, index, contents.splits, contents.groups, folder)
+    n_atoms = np.load(folder / "index" / "n_atoms.npy", mmap_mode="r")
+    for cutoff in cutoffs:
+        counts = (_column(part, edge_column(cutoff)) for part in parts)
+        write_edges(folder / "edges", cutoff, n, counts, n_atoms, fingerprint)
+    manifest = {
+        "schema_version": SCHEMA_VERSION,
+        "name": contents.name,
+        "n_frames": n,
+        "shard_frames": contents.shard_frames,
+        "fidelities": contents.fidelities.to_list(),
+        "sources": contents.sources,
+        "splits": list(contents.splits),
+        "groups": "groups.json",
+        "geometry": [_plain(entry) for entry in entries],
+        "index": index,
+        "layers": list(layers),
+        "statistics": statistics.add_geometry(entry["statistics"] for entry in entries),
+        "geometry_fingerprint": fingerprint,
+        "fingerprint": combined_fingerprint(fingerprint, [(x["name"], x["fingerprint"]) for x in layers]),
+        "config_hash": config_hash,
+    }
+    if contents.made_from is not None:
+        manifest["made_from"] = contents.made_from
+    records.write_json(folder / "manifest.json", manifest)
+
+
+def _plain(entry: Entry) -> Entry:
+    """Return the entry of a shard without its statistics: the manifest has those of all shards together."""
+    return {key: value for key, value in entry.items() if key != "statistics"}
+
+
+def _column(part: Path, name: str) -> np.ndarray:
+    with np.load(part) as columns:
+        values: np.ndarray = columns[name]
+    return values
 
 
 def _rejected(staging: Staging, path: Path) -> None:
@@ -92,12 +165,10 @@ def _rejected(staging: Staging, path: Path) -> None:
     records.publish(temporary, path)
 
 
-def _index(staging: Staging, folder: Path) -> dict[str, str]:
+def _index(parts: Sequence[Path], n: int, folder: Path) -> dict[str, str]:
     """Put the columns of all shards one behind the other; return the files' hashes."""
     folder.mkdir(exist_ok=True)
-    parts = [staging.folder / "staging" / f"geometry-{k:05d}.npz" for k in range(len(staging.state["geometry"]))]
-    n = staging.state["n_rows"]
-    n_entries = sum(int(np.load(part)["n_elements"].sum()) for part in parts)
+    n_entries = sum(int(_column(part, "n_elements").sum()) for part in parts)
     hashes = {}
     for name in COLUMNS + ELEMENT_COLUMNS:
         length = n + 1 if name == "element_start" else n_entries if name.startswith("element") else n
@@ -124,79 +195,49 @@ def _index(staging: Staging, folder: Path) -> dict[str, str]:
     return hashes
 
 
-def _layer(staging: Staging, k: int, name: str, source: str) -> dict[str, Any]:
+def _layer(staging: Staging, k: int, name: str, source: str, workers: Workers, progress: bool) -> dict[str, Any]:
     """Write the label layer of source ``k``; return its entry for the manifest."""
-    state = staging.state
-    entries: list[dict[str, Any]] = state["layer_shards"][k]
+    entries: list[Entry] = staging.state["layer_shards"][k]
     folder = staging.folder / "layers" / name
-
-    def shard_done(entry: dict[str, Any], columns: dict[str, np.ndarray]) -> None:
-        save_columns(staging.folder / "staging" / f"layer-{k}-{len(entries):05d}.npz", columns)
-        entries.append(entry)
-        staging.commit()
-
-    def after(key: bytes) -> Iterator[tuple[int, bytes]]:
-        return staging.layer_records(k, key)
-
-    write_label_shards(folder, after, entries, staging.shard_frames, len(staging.layers[k]), shard_done)
+    folder.mkdir(parents=True, exist_ok=True)
+    under_way: deque[Future[Entry]] = deque()
+    with Meter(staging.state["layer_rows"][k], progress, f"labels of {name}") as meter:
+        for future in chain(staging.start_label_shards(k, name), [None]):
+            if future is not None:
+                under_way.append(future)
+            while under_way and (future is None or under_way[0].done() or len(under_way) > workers.workers):
+                entries.append(under_way.popleft().result())
+                staging.commit()
+                n_rows = sum(entry["n_frames"] for entry in entries)
+                meter.update(n_rows, {"n_rows": n_rows})
     parts = [staging.folder / "staging" / f"layer-{k}-{i:05d}.npz" for i in range(len(entries))]
     return close_layer(folder, name, source, staging.layers[k], entries, parts)
-
-
-def save_columns(path: Path, columns: Mapping[str, np.ndarray]) -> None:
-    """Write columns of one shard, aside first."""
-    temporary = path.with_suffix(".tmp.npz")
-    np.savez(temporary, **columns)  # type: ignore[arg-type]
-    records.publish(temporary, path)
 
 
 def write_label_shards(
     folder: Path,
     after: Callable[[bytes], Iterator[tuple[int, bytes]]],
-    entries: Sequence[dict[str, Any]],
+    entries: Sequence[Entry],
     shard_frames: int,
-    n_fidelities: int,
-    shard_done: Callable[[dict[str, Any], dict[str, np.ndarray]], None],
+    fidelities: Sequence[str],
+    shard_done: Callable[[Entry, dict[str, np.ndarray]], None],
 ) -> None:
     """Write (row, label record) pairs as numbered shards, going on after ``entries``.
 
     Args:
         after: yields the pairs after a row key (all for b""); opened once a shard, so that no read transaction of the
-        working
-            file outlives a commit.
+            working file outlives a commit.
         shard_done: called with (entry, columns) of each shard; must append to ``entries``.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    energy_bits = [1 << records.bit(f, ENERGY) for f in range(n_fidelities)]
     while True:
-        rows: list[int] = []
-        present: list[int] = []
-        energies: list[bytes] = []
         stream = after(records.row_key(entries[-1]["last_row"]) if entries else b"")
         first = next(stream, None)
         if first is None:
             return
-
-        def watched(
-            pairs: Iterator[tuple[int, bytes]], rows: list[int], present: list[int], energies: list[bytes]
-        ) -> Iterator[tuple[int, bytes]]:
-            for row, record in pairs:
-                mask = records.LABEL_HEADER.unpack_from(record)[2]
-                rows.append(row)
-                present.append(mask)
-                energies.append(record[records.LABEL_HEADER.size :][: 8 * sum(bool(mask & b) for b in energy_bits)])
-                yield row, record
-
         pairs = chain([first], islice(stream, shard_frames - 1))
-        path = folder / f"labels-{len(entries):05d}.lmdb"
-        entry = records.write_shard(path, watched(pairs, rows, present, energies))
+        entry, columns = label_shard(folder / label_file(len(entries)), pairs, fidelities)
         del pairs, stream  # ends the read transaction
-        entry["first_row"], entry["last_row"] = rows[0], rows[-1]
-        masks = np.array(present, np.uint64)
-        energy = np.full((len(rows), n_fidelities), np.nan)
-        has = (masks[:, None] & np.array(energy_bits, np.uint64)) != 0
-        energy[has] = np.frombuffer(b"".join(energies), "<f8")
-        columns = {"rows": np.array(rows, np.int64), "present": masks, "energy": np.ascontiguousarray(energy.T)}
         shard_done(entry, columns)
 
 
@@ -235,8 +276,9 @@ def close_layer(
             "source": source,
             "fidelities": list(fidelities),
             "properties": list(PROPERTIES),
-            "shards": entries,
+            "shards": [_plain(entry) for entry in entries],
             "columns": hashes,
+            "statistics": statistics.add_labels(entry["statistics"] for entry in entries),
             "fingerprint": fingerprint,
         },
     )

@@ -3,8 +3,10 @@
 import hashlib
 import json
 import os
+import pickle
 import re
 import time
+from collections.abc import Iterator
 from concurrent.futures.process import BrokenProcessPool
 from difflib import get_close_matches
 from glob import glob
@@ -13,26 +15,31 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import lmdb
-import numpy as np
 
 from mffm.config.data import DataConfig, SourceSpec, SplitSpec
-from mffm.data import records
+from mffm.data import parts, records
 from mffm.data.checks import frame_fault
 from mffm.data.edges import count_edges
-from mffm.data.finish import finish
+from mffm.data.finish import Contents, finish
 from mffm.data.identity import geometry_hash, lookup_keys
+from mffm.data.parts import Extent
 from mffm.data.readers import READERS, reader_name, wanted
 from mffm.data.readers.chunk import Chunk
 from mffm.data.readers.convert import RejectedFrame, Wanted
 from mffm.data.report import IngestReport, count_reason, finish_report, saved_report
-from mffm.data.staging import Item, Staging, open_or_explain
+from mffm.data.splits import Splitter
+from mffm.data.staging import Item, Staging, new_state, open_or_explain
 from mffm.data.store import NO_CHARGE, Store
-from mffm.data.workers import Meter, Workers
+from mffm.data.workers import Call, Meter, Workers
 from mffm.errors import InputError, known
 from mffm.fidelity import Fidelity, FidelityTable
 
 _MOST_KEYS = 500  # names of values kept per source, for messages
 COMMIT_FRAMES = 4096  # a kill loses at most this many frames' work
+# Up to these sizes a file is read by the worker that processes it, of larger ones the chunks are dealt out. Lines of
+# text are cheap to deal out; what a format decodes while it reads is not, but a kill loses what was read of a file.
+_WHOLE_TEXT_BYTES = 1 << 24
+_WHOLE_FILE_BYTES = 1 << 30
 
 
 class Work(NamedTuple):
@@ -50,6 +57,7 @@ class Settings(NamedTuple):
     want: Wanted
     fidelities: tuple[str, ...]
     min_distance: float
+    cutoffs: tuple[float, ...] = ()  # Å, that edges are counted for
 
 
 def source_files(source: SourceSpec, base: Path) -> list[Path]:
@@ -137,40 +145,48 @@ def process(chunk: Chunk, settings: Settings) -> tuple[list[Item | RejectedFrame
                 lookup=lookup_keys(*geometry),
                 labels=labels,
                 present=records.LABEL_HEADER.unpack_from(labels)[2],
+                edges=_edges(geometry, settings.cutoffs),
             )
         )
     return items, parsed.keys
 
 
-class Splitter:
-    """Names the split of a structure; a pure function of the structure (or its group), never of its labels or its
-    row.
+def _edges(geometry: records.Geometry, cutoffs: tuple[float, ...]) -> tuple[int, ...]:
+    if not cutoffs:
+        return ()
+    from mffm.data.neighbors import count
+
+    _, positions, cell, pbc = geometry
+    return tuple(count(positions, cell, pbc, cutoff) for cutoff in cutoffs)
+
+
+# Of consecutive chunks: their items, or where these lie pickled, and the keys that were seen.
+Staged = list[tuple[Chunk, list[Item | RejectedFrame] | Extent, set[str]]]
+
+
+def stage_chunk(chunk: Chunk, settings: Settings, folder: Path) -> Staged:
+    """Process a chunk and put its records into a part file of ``folder``; runs in any process."""
+    items, keys = process(chunk, settings)
+    frames = [item for item in items if isinstance(item, Item)]
+    payloads = [record for item in frames for record in (item.record, item.labels)]
+    extents = iter(parts.append(folder, payloads)) if payloads else iter(())
+    staged = [
+        item._replace(record=next(extents), labels=next(extents)) if isinstance(item, Item) else item for item in items
+    ]
+    return [(chunk._replace(payload=None), staged, keys)]
+
+
+def stage_file(path: Path, start: int, first: int, settings: Settings, folder: Path) -> Staged:
+    """Read and process a file, or what is left of it; runs in any process.
+
+    The items lie in the part file too: those of a file would fill the memory of the process that waits for them.
     """
-
-    def __init__(self, spec: SplitSpec, names: list[str]):
-        self.spec = spec
-        self.names = names  # grows with the names that the source gives
-        for name in [*spec.fractions, *spec.holdout]:
-            if name not in names:
-                names.append(name)
-        self._holdout = {group: split for split, groups in spec.holdout.items() for group in groups}
-        self._edges = np.cumsum(list(spec.fractions.values()))
-        self._fraction_names = list(spec.fractions)
-
-    def split(self, given: str, group: str, geometry: bytes) -> int:
-        name = given or self._holdout.get(group, "")
-        if not name:
-            unit = group.encode() if self.spec.by == "group" else geometry
-            digest = hashlib.blake2b(unit, digest_size=8, salt=b"%d" % self.spec.seed).digest()
-            u = int.from_bytes(digest, "little") / 2**64
-            name = self._fraction_names[min(int(np.searchsorted(self._edges, u, "right")), len(self._edges) - 1)]
-        if name not in self.names:
-            if len(self.names) == 255:
-                raise InputError(
-                    f"splits.key: more than 255 splits, the last {name!r}; name an info key with few values"
-                )
-            self.names.append(name)
-        return self.names.index(name)
+    staged: Staged = []
+    for chunk in READERS[settings.reader].chunks(path, settings.want, start, first):
+        ((read, items, keys),) = stage_chunk(chunk, settings, folder)
+        (extent,) = parts.append(folder, [pickle.dumps(items)])
+        staged.append((read, extent, keys))
+    return staged
 
 
 def ingest(config: DataConfig, base: Path, store: Path | None = None, progress: bool = True) -> IngestReport:
@@ -231,18 +247,25 @@ def _ingest(config: DataConfig, base: Path, folder: Path, progress: bool) -> Ing
         return saved_report(existing)
     _refuse_foreign_files(folder)
     layers = [list(fidelities_of(config, k)) for k in range(len(config.sources))]
-    with open_or_explain(folder, config.shard_frames, layers, _new_state(config, config_hash)) as staging:
+    with (
+        Workers(config.workers) as workers,
+        open_or_explain(folder, config.shard_frames, layers, _new_state(config, config_hash), workers) as staging,
+    ):
         if staging.state["config_hash"] != config_hash:
             raise InputError(
                 f"{folder}: holds an unfinished ingest of another data YAML or of other source files; "
                 "name another `store`, or delete the folder and ingest again"
             )
+        # An ingest that goes on counts what it began with; what else is wanted is counted at the end.
+        settings = [s._replace(cutoffs=tuple(staging.state["cutoffs"])) for s in settings]
         try:
-            _read_sources(staging, config, work, settings, progress)
+            _read_sources(staging, config, work, settings, workers, progress)
         except InputError:  # these sources with this YAML can never be finished
             staging.discard()
             raise
-        finish(staging, config, fidelity_table(config))
+        sources = [{"name": s.name, "licence": s.licence, "citation": s.citation} for s in config.sources]
+        contents = Contents(folder.name, fidelity_table(config), sources, config.shard_frames)
+        finish(staging, contents, [(s.name, s.name) for s in config.sources], config_hash, workers, progress)
         rejected = list(islice(staging.rejected(), 20))
         result = Store(folder)
         count_missing(result, config)
@@ -282,23 +305,11 @@ def fidelities_of(config: DataConfig, source: int) -> tuple[str, ...]:
 
 def _new_state(config: DataConfig, config_hash: str) -> dict[str, Any]:
     return {
-        "config_hash": config_hash,
+        **new_state(config_hash, config.cutoffs, len(config.sources)),
         "file": 0,  # index into the list of files
         "position": 0,  # where to go on in it
         "frame": 0,  # index of the frame there
-        "n_rows": 0,
-        "n_groups": 0,
-        "n_rejected": 0,
-        "n_merged": 0,
-        "n_repeated_labels": 0,
-        "reasons": {},
-        "split_names": [],
-        "split_moves": [],
-        "split_moves_count": 0,
         "empty_group": 0,
-        "geometry": [],
-        "layer_rows": [0] * len(config.sources),
-        "layer_shards": [[] for _ in config.sources],
         "source_frames": [0] * len(config.sources),
         "source_keys": [[] for _ in config.sources],
         "label_counts": [{} for _ in config.sources],
@@ -306,28 +317,46 @@ def _new_state(config: DataConfig, config_hash: str) -> dict[str, Any]:
     }
 
 
+def _calls(
+    state: dict[str, Any], work: list[Work], settings: list[Settings], folder: Path, whole: bool
+) -> Iterator[Call]:
+    """Yield what is left to be read, in order, tagged with the index of the file."""
+    for k in range(state["file"], len(work)):
+        path = work[k].path
+        start, first = (state["position"], state["frame"]) if k == state["file"] else (0, 0)
+        text = work[k].reader == "extxyz" and path.suffix != ".gz"
+        if whole and path.stat().st_size <= (_WHOLE_TEXT_BYTES if text else _WHOLE_FILE_BYTES):
+            yield k, stage_file, (path, start, first, settings[k], folder)
+            continue
+        for chunk in READERS[work[k].reader].chunks(path, settings[k].want, start, first):
+            yield k, stage_chunk, (chunk, settings[k], folder)
+
+
 def _read_sources(
-    staging: Staging, config: DataConfig, work: list[Work], settings: list[Settings], progress: bool
+    staging: Staging, config: DataConfig, work: list[Work], settings: list[Settings], workers: Workers, progress: bool
 ) -> None:
     """Bring every frame of every file into the working file, from where an earlier run stopped."""
     state = staging.state
     if state["reading_done"]:
         return
     splitter = Splitter(config.splits, state["split_names"])
-    meter = Meter(sum(w.path.stat().st_size for w in work), progress)
+    sizes = [w.path.stat().st_size for w in work]
+    meter = Meter(sum(sizes), progress)
     since_commit = 0
-    with Workers(config.workers, process) as run, meter:
-        for k in range(state["file"], len(work)):
-            if k > state["file"]:
-                _end_source(staging, config, work, k)
-                state.update(file=k, position=0, frame=0)
-            done = sum(w.path.stat().st_size for w in work[:k])
-            reader = READERS[work[k].reader]
-            chunks = reader.chunks(work[k].path, settings[k].want, state["position"], state["frame"])
-            for chunk, (items, keys) in run(chunks, settings[k]):
+
+    def begin(k: int) -> None:
+        for ended in range(state["file"] + 1, k + 1):
+            _end_source(staging, config, work, ended)
+            state.update(file=ended, position=0, frame=0)
+
+    calls = _calls(dict(state), work, settings, staging.parts, whole=workers.workers > 1)
+    with meter:
+        for k, staged in workers.in_order(calls):
+            begin(k)
+            for chunk, items, keys in staged:
                 known_keys = state["source_keys"][work[k].source]
                 known_keys += sorted(keys.difference(known_keys))[: _MOST_KEYS - len(known_keys)]
-                for item in items:
+                for item in pickle.loads(staging.bytes_of(items)) if isinstance(items, Extent) else items:
                     _take(staging, item, config, work[k], splitter)
                 state["source_frames"][work[k].source] += chunk.n
                 state.update(position=chunk.next_position, frame=chunk.first + chunk.n)
@@ -335,7 +364,9 @@ def _read_sources(
                 if since_commit >= COMMIT_FRAMES:
                     staging.commit()
                     since_commit = 0
-                meter.update(done + (chunk.next_position if work[k].reader == "extxyz" else 0), state)
+                done = sum(sizes[:k]) if work[k].reader != "extxyz" else sum(sizes[:k]) + chunk.next_position
+                meter.update(done, state)
+        begin(len(work) - 1)
         _end_source(staging, config, work, len(work))
     if state["n_rows"] == 0:
         staging.commit()
@@ -455,12 +486,15 @@ def _take(staging: Staging, item: Item | RejectedFrame, config: DataConfig, work
     state["n_repeated_labels"] += n_repeated
     if item.key:
         staging.set_key(work.source, item.key, row)
-    if item.split:
-        first = staging.split_of(row)
-        if first != split:
-            state["split_moves_count"] += 1
-            if len(state["split_moves"]) < 20:
-                state["split_moves"].append(f"{place} ({item.split}; kept in {splitter.names[first]})")
+    if item.split and staging.split_of(row) != split:
+        count_move(state, f"{place} ({item.split}; kept in {splitter.names[staging.split_of(row)]})")
+
+
+def count_move(state: dict[str, Any], what: str) -> None:
+    """Note a structure that another split has already; it stays there."""
+    state["split_moves_count"] += 1
+    if len(state["split_moves"]) < 20:
+        state["split_moves"].append(what)
 
 
 def _reject(staging: Staging, rejected: RejectedFrame, config: DataConfig) -> None:

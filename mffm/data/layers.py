@@ -12,12 +12,13 @@ import numpy as np
 from mffm.config.data import DataConfig
 from mffm.data import records
 from mffm.data.checks import check_store, conflict
-from mffm.data.finish import close_layer, save_columns, write_label_shards
+from mffm.data.finish import close_layer, write_label_shards
 from mffm.data.identity import lookup_keys, same_geometry
 from mffm.data.ingest import Settings, Work, fidelities_of, fidelity_table, process, source_files
 from mffm.data.readers import READERS, reader_name, wanted
 from mffm.data.readers.convert import RejectedFrame
 from mffm.data.records import row_key
+from mffm.data.shards import save_columns
 from mffm.data.staging import MAP_BYTES, Item, digest16
 from mffm.data.store import NO_CHARGE, Store, combined_fingerprint
 from mffm.data.workers import Meter, Workers
@@ -46,7 +47,7 @@ def add_labels(
         raise InputError(f"layer {layer_name!r}: the data YAML has {len(config.sources)} sources; a layer takes one")
     source = config.sources[0]
     with layer_folder(store, layer_name) as folder:
-        fidelities = _extended(store, fidelity_table(config), fidelities_of(config, 0))
+        fidelities = extended(store.fidelities, store.path, fidelity_table(config), fidelities_of(config, 0))
         with _Matcher(store, folder, config) as matcher:
             numbers = matcher.run(Path(base), progress)
             entry = matcher.write(layer_name)
@@ -62,15 +63,14 @@ def warnings(store_path: str | Path, config: DataConfig) -> list[str]:
     return [str(finding) for finding in check_store(Store(store_path)) if finding.fidelity in labelled]
 
 
-def _extended(store: Store, declared: FidelityTable, labelled: tuple[str, ...]) -> FidelityTable:
-    """Return the store's fidelities with the new ones at the end."""
-    table = store.fidelities
+def extended(table: FidelityTable, of: str | Path, declared: FidelityTable, labelled: Sequence[str]) -> FidelityTable:
+    """Return the fidelities of a store (or stores) with the new ones at the end; ``of`` names it in the error."""
     for name in labelled:
         if name not in table:
             table = table.appended(declared[name])
         elif table[name].level_of_theory != declared[name].level_of_theory:
             raise InputError(
-                f"fidelity {name!r} is {table[name].level_of_theory!r} in {store.path} and "
+                f"fidelity {name!r} is {table[name].level_of_theory!r} in {of} and "
                 f"{declared[name].level_of_theory!r} here; energies may not be mixed: give the new one another name"
             )
     return table
@@ -123,7 +123,7 @@ def write_layer(
         save_columns(parts[-1], columns)
         entries.append(entry)
 
-    write_label_shards(folder, after, entries, store.manifest["shard_frames"], len(fidelities), done)
+    write_label_shards(folder, after, entries, store.manifest["shard_frames"], fidelities, done)
     layer = close_layer(folder, name, source, fidelities, entries, parts)
     for part in parts:
         part.unlink()
@@ -249,8 +249,9 @@ class _Matcher:
                 work = Work(0, path, reader_name(path, self.source.reader))
                 want = wanted(self.source)
                 settings = Settings(work.reader, want, tuple(self.fidelities), self.config.min_distance)
-                with Workers(self.config.workers, process) as run:
-                    for chunk, (items, found) in run(READERS[work.reader].chunks(path, want, 0, 0), settings):
+                with Workers(self.config.workers) as workers:
+                    chunks = READERS[work.reader].chunks(path, want, 0, 0)
+                    for chunk, (items, found) in workers.over_chunks(process, chunks, settings):
                         keys |= found
                         for item in items:
                             present |= 0 if isinstance(item, RejectedFrame) else item.present

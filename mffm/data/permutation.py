@@ -5,8 +5,10 @@ import math
 import numpy as np
 
 SMALL = 1024  # up to here places are sorted by hash: 0.1 ms, and every order is as likely, which few rounds do not give
+WINDOW_BLOCKS = 64  # blocks among whose places `permute_near` mixes
 N_ROUNDS = 8  # four make a Feistel network pseudo-random for large n (Luby and Rackoff); the rest is margin
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+_WHERE_RUNS_BEGIN = 0xD1B54A32D192ED03  # keeps this draw apart from the others of the same key
 
 
 def mix(x: np.ndarray) -> np.ndarray:
@@ -53,3 +55,35 @@ def permute(places: np.ndarray, size: int, key: np.ndarray) -> np.ndarray:
         result[pending] = left * b + right
         pending = pending[result[pending] >= size]
     return result.astype(np.int64)
+
+
+def permute_near(places: np.ndarray, size: int, key: np.ndarray, block: int) -> np.ndarray:
+    """Return what stands at ``places`` of a permutation of 0..size-1 that keeps neighbors together.
+
+    Runs of ``block`` neighbors are shuffled as wholes; the entries of ``WINDOW_BLOCKS`` runs that then follow each
+    other are mixed. So whoever walks along reads from ``WINDOW_BLOCKS`` stretches at a time. Where the runs begin is
+    drawn too (they wrap around the end), so that every entry is as likely as any other at every place.
+
+    Args:
+        places, size, key: as of ``permute``.
+        block: length of a run.
+
+    Returns:
+        [n] int64.
+    """
+    window = block * WINDOW_BLOCKS
+    if size <= window:
+        return permute(places, size, key)
+    number = places // window
+    inside = places - number * window
+    window_key = mix(mix(key) + number.astype(np.uint64))
+    slot = np.empty_like(places)
+    last = number == size // window  # the last window is shorter
+    for which, length in ((~last, window), (last, size % window)):
+        slot[which] = number[which] * window + permute(inside[which], length, window_key[which])
+    n_whole = size // block
+    run = slot // block
+    whole = run < n_whole  # what remains behind the whole runs stays at the end
+    run[whole] = permute(run[whole], n_whole, mix(key[whole] ^ _GOLDEN))
+    offset = (mix(key ^ np.uint64(_WHERE_RUNS_BEGIN)) % np.uint64(size)).astype(np.int64)
+    return (run * block + slot % block + offset) % size

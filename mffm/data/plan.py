@@ -20,8 +20,8 @@ from typing import Any
 import numpy as np
 
 from mffm.config.recipe import PlanConfig
-from mffm.data.permutation import mix, permute
-from mffm.data.pools import Pool, bit, build_pools
+from mffm.data.permutation import mix, permute, permute_near
+from mffm.data.pools import COLUMNS, LARGE, Pool, Sizes, bit, build_pools
 from mffm.errors import InputError
 from mffm.keys import ENERGY, FORCES, PROPERTIES, Property
 
@@ -136,15 +136,22 @@ class _Stream:
     members: list[tuple[int, np.ndarray | None]]
     n_atoms: np.ndarray
     n_edges: np.ndarray
+    sizes: Sizes
     key: np.ndarray = field(init=False)
 
     def __len__(self) -> int:
         return len(self.n_edges)
 
-    def units(self, draws: np.ndarray) -> np.ndarray:
-        """Return the unit of each draw, counted from the first draw of the run."""
+    def units(self, draws: np.ndarray, block: int | None) -> np.ndarray:
+        """Return the unit of each draw, counted from the first draw of the run.
+
+        Args:
+            draws: [n] int64.
+            block: units that lie together and are drawn near each other; None: any order is as likely.
+        """
         passes, places = np.divmod(draws, len(self))
-        return permute(places, len(self), mix(self.key + passes.astype(np.uint64)))
+        keys = mix(self.key + passes.astype(np.uint64))
+        return permute(places, len(self), keys) if block is None else permute_near(places, len(self), keys, block)
 
 
 @dataclass(frozen=True)
@@ -197,15 +204,21 @@ class Plan:
 
     def _apply_oversize_policy(self, stream: _Stream) -> None:
         config = self.config
-        largest = np.max([_of_units(self.pools[p].n_edges, index) for p, index in stream.members], axis=0)
         limits = [
-            ("edge_budget", config.edge_budget, stream.n_edges),
-            ("atom_budget", config.atom_budget, stream.n_atoms),
-            ("edges_per_microbatch", config.edges_per_microbatch, largest),
+            ("edge_budget", config.edge_budget, stream.n_edges, stream.sizes.most_edges),
+            ("atom_budget", config.atom_budget, stream.n_atoms, stream.sizes.most_atoms),
         ]
+        if config.edges_per_microbatch is not None:
+            largest = stream.n_edges
+            if len(stream.members) > 1:
+                largest = np.max([_of_units(self.pools[p].n_edges, index) for p, index in stream.members], axis=0)
+            most = stream.sizes.most_edges if len(stream.members) == 1 else int(largest.max())
+            limits.append(("edges_per_microbatch", config.edges_per_microbatch, largest, most))
+        if all(limit is None or most <= limit for _, limit, _, most in limits):
+            return
         over = np.zeros(len(stream), bool)
-        for name, limit, sizes in limits:
-            if limit is None or not (sizes > limit).any():
+        for name, limit, sizes, most in limits:
+            if limit is None or most <= limit:
                 continue
             over |= sizes > limit
             if config.oversize == "error":
@@ -216,16 +229,15 @@ class Plan:
                 raise InputError(
                     f"pool {stream.name}: row {row} has {stream.n_edges[unit]} edges and {stream.n_atoms[unit]} atoms, "
                     f"over data.plan.{name} = {limit}, as {n_over} of {len(stream)} frames are; "
-                    f"raise {name} to at least {int(sizes.max())}, or set data.plan.oversize to single or skip"
+                    f"raise {name} to at least {most}, or set data.plan.oversize to single or skip"
                 )
-        if not over.any():
-            return
         for p, _ in stream.members:
             self.oversize[self.pools[p].name] += int(np.count_nonzero(over))
         if config.oversize == "skip":
             kept = np.flatnonzero(~over)
             stream.members = [(p, kept if index is None else index[kept]) for p, index in stream.members]
             stream.n_atoms, stream.n_edges = stream.n_atoms[~over], stream.n_edges[~over]
+            stream.sizes = Sizes.of(stream.n_atoms, stream.n_edges)
 
     def _require_something(self) -> None:
         for p, pool in enumerate(self.pools):
@@ -234,7 +246,7 @@ class Plan:
                     f"pool {pool.name}: all {len(pool)} frames are over the budget and data.plan.oversize is "
                     f"{self.config.oversize}; raise edge_budget (found {self.config.edge_budget})"
                 )
-        if self.config.atom_budget is None and not any(stream.n_edges.any() for stream in self._streams):
+        if self.config.atom_budget is None and not any(stream.sizes.most_edges for stream in self._streams):
             raise InputError("data.plan: no frame has an edge within the cutoff; give atom_budget to limit a batch")
 
     def _shares_by_start(self) -> list[tuple[int, np.ndarray]]:
@@ -268,8 +280,8 @@ class Plan:
         return found
 
     def _expected_draws(self, shares: np.ndarray) -> int:
-        edges = sum(share * float(s.n_edges.mean()) for share, s in zip(shares, self._streams, strict=True))
-        atoms = sum(share * float(s.n_atoms.mean()) for share, s in zip(shares, self._streams, strict=True))
+        edges = sum(share * s.sizes.mean_edges for share, s in zip(shares, self._streams, strict=True))
+        atoms = sum(share * s.sizes.mean_atoms for share, s in zip(shares, self._streams, strict=True))
         n = self.config.edge_budget / edges if edges > 0 else np.inf
         if self.config.atom_budget is not None:
             n = min(n, self.config.atom_budget / atoms)
@@ -333,7 +345,7 @@ class Plan:
         order = np.argsort(np.concatenate([t[:n] for t, n in zip(times, lengths, strict=True)]), kind="stable")
         units, edges, atoms = [], [], []
         for s, number, n in zip(self._streams, numbers, lengths, strict=True):
-            unit = s.units(number[:n])
+            unit = s.units(number[:n], self.config.block_frames)
             units.append(unit)
             edges.append(s.n_edges[unit])
             atoms.append(s.n_atoms[unit])
@@ -427,12 +439,17 @@ class Plan:
             "streams": [[s.name, share, len(s)] for s, share in zip(self._streams, first.shares.tolist(), strict=True)],
             "pools": [[p.name, p.fidelity, p.fidelity_idx, len(p), list(p.properties)] for p in self.pools],
         }
+        if config.block_frames is not None:
+            settings["block_frames"] = config.block_frames
         if later:
             settings["phases"] = [[phase.start, phase.shares.tolist()] for phase in later]
         digest.update(json.dumps(settings, sort_keys=True).encode())
         for pool in self.pools:
-            for column, dtype in ((pool.rows, "<i8"), (pool.n_atoms, "<i4"), (pool.n_edges, "<i4"), (pool.live, "u1")):
-                digest.update(np.ascontiguousarray(column, dtype=dtype).data)
+            if len(pool) >= LARGE:  # its digest is kept with its columns
+                digest.update(pool.digest.encode())
+                continue
+            for name, dtype in COLUMNS.items():
+                digest.update(np.ascontiguousarray(getattr(pool, name), dtype=dtype).data)
         for stream in self._streams:
             for p, index in stream.members:
                 digest.update(np.array(p, "<i8").tobytes())
@@ -457,7 +474,7 @@ def _of_units(column: np.ndarray, index: np.ndarray | None) -> np.ndarray:
 
 
 def _single_streams(pools: Sequence[Pool]) -> list[_Stream]:
-    return [_Stream(pool.name, [(p, None)], pool.n_atoms, pool.n_edges) for p, pool in enumerate(pools)]
+    return [_Stream(pool.name, [(p, None)], pool.n_atoms, pool.n_edges, pool.sizes) for p, pool in enumerate(pools)]
 
 
 def _paired_streams(pools: Sequence[Pool]) -> list[_Stream]:
@@ -475,5 +492,7 @@ def _paired_streams(pools: Sequence[Pool]) -> list[_Stream]:
         members: list[tuple[int, np.ndarray | None]] = [*zip(inside, indices, strict=True)]
         n_atoms = np.stack([_of_units(pools[p].n_atoms, index) for p, index in members]).sum(axis=0, dtype=np.int64)
         n_edges = np.stack([_of_units(pools[p].n_edges, index) for p, index in members]).sum(axis=0, dtype=np.int64)
-        streams.append(_Stream("+".join(pools[p].name for p in inside), members, n_atoms, n_edges))
+        streams.append(
+            _Stream("+".join(pools[p].name for p in inside), members, n_atoms, n_edges, Sizes.of(n_atoms, n_edges))
+        )
     return streams

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -21,6 +25,27 @@ if TYPE_CHECKING:
 _CHUNK = 8192  # rows at a time: 8 MB of compositions
 
 
+LARGE = 1_000_000  # frames from which the columns of a pool are kept in files, to be mapped instead of made
+COLUMNS = {"rows": "<i8", "n_atoms": "<i4", "n_edges": "<i4", "live": "|u1"}
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Largest and mean numbers of atoms and of edges."""
+
+    most_atoms: int
+    most_edges: int
+    mean_atoms: float
+    mean_edges: float
+
+    @classmethod
+    def of(cls, n_atoms: np.ndarray, n_edges: np.ndarray) -> Sizes:
+        """Return those of two columns [n]."""
+        if not len(n_atoms):
+            return cls(0, 0, 0.0, 0.0)
+        return cls(int(n_atoms.max()), int(n_edges.max()), float(n_atoms.mean()), float(n_edges.mean()))
+
+
 @dataclass(frozen=True, eq=False)
 class Pool:
     """The frames of one fidelity that one entry of the recipe names, sorted by row.
@@ -33,7 +58,7 @@ class Pool:
         live: [n] uint8, bit p is set where the label ``PROPERTIES[p]`` exists and the recipe uses it.
         properties: labels that the recipe uses.
         weight: share of the draws (relative), or step → share from that step on, or None where the temperature decides.
-        label_counts: property → frames of this pool with that label.
+        label_counts: property → frames of this pool with that label; counted where not given.
     """
 
     name: str
@@ -45,14 +70,30 @@ class Pool:
     live: np.ndarray
     properties: tuple[Property, ...]
     weight: float | Mapping[int, float] | None = None
-    label_counts: dict[Property, int] = field(init=False)
+    label_counts: dict[Property, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        counts = {p: int(np.count_nonzero(self.live & bit(p))) for p in self.properties}
-        object.__setattr__(self, "label_counts", counts)
+        if not self.label_counts:
+            counts = {p: int(np.count_nonzero(self.live & bit(p))) for p in self.properties}
+            object.__setattr__(self, "label_counts", counts)
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    @cached_property
+    def sizes(self) -> Sizes:
+        """Of its frames."""
+        return Sizes.of(self.n_atoms, self.n_edges)
+
+    @cached_property
+    def digest(self) -> str:
+        """sha256 of the columns."""
+        digest = hashlib.sha256()
+        for name, dtype in COLUMNS.items():
+            column = getattr(self, name)
+            for first in range(0, len(column), 1 << 22):
+                digest.update(np.ascontiguousarray(column[first : first + (1 << 22)], dtype=dtype).data)
+        return digest.hexdigest()
 
 
 def bit(prop: Property) -> np.uint8:
@@ -73,17 +114,23 @@ def build_pools(store: Store, config: PlanConfig, fidelities: FidelityTable, cut
             that give the same label twice; weights for some pools only.
     """
     n_edges = store.n_edges(cutoff)
+    # A layer beside the store is not in its fingerprint, by which the columns are found again.
+    kept = KeptPools(store, cutoff) if store.n_frames >= LARGE and store.beside is None else None
     pools: list[Pool] = []
     for place, entry in enumerate(config.pools):
         where = f"data.plan.pools.{place}"
-        rows, live = _labelled_rows(store, entry, where)
-        chosen = np.isin(rows, _chosen(store, rows, entry), assume_unique=True)
-        rows, live = rows[chosen], live[chosen]
-        pools.append(
-            Pool(
-                name=_name(entry, pools),
+        name = _name(entry, pools)
+        index = fidelities.index(entry.fidelity)
+        found = kept.read(entry, name, index) if kept is not None else None
+        if found is None:
+            rows, live = _labelled_rows(store, entry, where)
+            if entry.max_frames is not None and entry.max_frames < len(rows):
+                chosen = np.isin(rows, _chosen(store, rows, entry), assume_unique=True)
+                rows, live = rows[chosen], live[chosen]
+            found = Pool(
+                name=name,
                 fidelity=entry.fidelity,
-                fidelity_idx=fidelities.index(entry.fidelity),
+                fidelity_idx=index,
                 rows=rows,
                 n_atoms=np.asarray(store.n_atoms[rows], np.int32),
                 n_edges=np.asarray(n_edges[rows], np.int32),
@@ -91,7 +138,9 @@ def build_pools(store: Store, config: PlanConfig, fidelities: FidelityTable, cut
                 properties=tuple(p for p in PROPERTIES if p in entry.properties),
                 weight=entry.weight,
             )
-        )
+            if kept is not None and kept.write(entry, found):
+                found = kept.read(entry, name, index) or found
+        pools.append(found)
     _refuse_repeated_labels(pools)
     return pools
 
@@ -104,15 +153,15 @@ def _labelled_rows(store: Store, entry: PoolConfig, where: str) -> tuple[np.ndar
             f"{known(store.fidelities.names)}; name one of these, or add its labels with `mffm ingest`"
         )
     try:
-        by_property = {
-            p: store.rows(split=entry.split, source=entry.source, fidelity=entry.fidelity, prop=p)
+        masks = {
+            p: store.mask(split=entry.split, source=entry.source, fidelity=entry.fidelity, prop=p)
             for p in entry.properties
         }
-        counts = store.label_counts(entry.split).get(entry.fidelity, {})
     except InputError as error:
         raise InputError(f"{where}: {error}") from error
-    rows = np.unique(np.concatenate(list(by_property.values()))).astype(np.int64)
+    rows = np.flatnonzero(np.logical_or.reduce(list(masks.values()))).astype(np.int64, copy=False)
     if len(rows) == 0:
+        counts = store.label_counts(entry.split).get(entry.fidelity, {})
         of_source = f" of source {entry.source!r}" if entry.source else ""
         raise InputError(
             f"{where}: no frame{of_source} in split {entry.split!r} has a label of fidelity {entry.fidelity!r} for "
@@ -121,9 +170,64 @@ def _labelled_rows(store: Store, entry: PoolConfig, where: str) -> tuple[np.ndar
             "change the pool's split, source or properties"
         )
     live = np.zeros(len(rows), np.uint8)
-    for prop, labelled in by_property.items():
-        live[np.searchsorted(rows, labelled)] |= bit(prop)
+    for prop, mask in masks.items():
+        live |= mask[rows].view(np.uint8) * bit(prop)
     return rows, live
+
+
+class KeptPools:
+    """Columns of large pools in files beside the store, or in ``$MFFM_CACHE`` where it cannot be written: made once,
+    then mapped, so that a start takes no time and all processes of a node share one copy.
+    """
+
+    def __init__(self, store: Store, cutoff: float):
+        self._store = store
+        self._of = [1, store.fingerprint, store.edges_fingerprint(cutoff)]
+
+    def _name(self, entry: PoolConfig) -> str:
+        choice = entry.model_dump(mode="json", exclude={"weight"})
+        return hashlib.sha256(json.dumps([*self._of, choice], sort_keys=True).encode()).hexdigest()[:16]
+
+    def read(self, entry: PoolConfig, name: str, fidelity_idx: int) -> Pool | None:
+        """Return the pool of an entry, None where its columns were not kept or are not whole."""
+        for folder in self._store.folders_beside("pools"):
+            path = folder / self._name(entry)
+            if not (path / "pool.json").is_file():
+                continue
+            about = json.loads((path / "pool.json").read_text())
+            columns = {column: np.load(path / f"{column}.npy", mmap_mode="r") for column in COLUMNS}
+            pool = Pool(
+                name=name,
+                fidelity=entry.fidelity,
+                fidelity_idx=fidelity_idx,
+                properties=tuple(p for p in PROPERTIES if p in entry.properties),
+                weight=entry.weight,
+                label_counts=about["label_counts"],
+                **columns,
+            )
+            pool.__dict__.update(sizes=Sizes(**about["sizes"]), digest=about["digest"])
+            return pool
+        return None
+
+    def write(self, entry: PoolConfig, pool: Pool) -> bool:
+        """Keep the columns of a pool; return False where nothing can be written, which only costs time."""
+        for folder in self._store.folders_beside("pools"):
+            path = folder / self._name(entry)
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                with tempfile.TemporaryDirectory(prefix=".making-", dir=folder) as aside:
+                    whole = Path(aside) / "whole"
+                    whole.mkdir()
+                    for column, dtype in COLUMNS.items():
+                        np.save(whole / f"{column}.npy", np.asarray(getattr(pool, column), dtype))
+                    about = {"label_counts": pool.label_counts, "sizes": asdict(pool.sizes), "digest": pool.digest}
+                    (whole / "pool.json").write_text(json.dumps(about))
+                    whole.rename(path)
+            except OSError:  # read-only, full, or another rank was first
+                if not (path / "pool.json").is_file():
+                    continue
+            return True
+        return False
 
 
 def choose(store: Store, rows: np.ndarray, seed: int, n: int | None) -> np.ndarray:

@@ -209,7 +209,8 @@ def write_shard(path: Path, records: Iterable[tuple[int, bytes]]) -> dict[str, A
     ``content`` is the hash of the records and goes into fingerprints; ``sha256`` is the hash of the file, which also
     depends on LMDB's page size and version, and serves to find damage.
     """
-    temporary = path.with_name(path.name + ".tmp")
+    # The name is this process's: one that was orphaned by a kill may still be at the same shard.
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     temporary.unlink(missing_ok=True)
     content = hashlib.sha256()
     n_frames = n_atoms = 0

@@ -39,6 +39,7 @@ NO_CHARGE = -32768
 COLUMNS = ("n_atoms", "shard", "frame_hash", "geometry_hash", "split", "group", "source", "charge", "spin", "weight")
 ELEMENT_COLUMNS = ("element_start", "element", "element_count")
 
+_BLOCK = 1 << 22  # rows looked at together: bounds what a store of 1e8 rows needs beside its result
 # Environments by (process, device, inode), never closed: the arrays handed out are views of their maps.
 _environments: dict[tuple[int, int, int], lmdb.Environment] = {}
 _environments_lock = threading.Lock()
@@ -258,6 +259,16 @@ class Store:
         Raises:
             InputError: unknown split, source or fidelity; the message lists the known ones.
         """
+        return np.flatnonzero(self.mask(split, source, fidelity, prop)).astype(np.int64, copy=False)
+
+    def mask(
+        self,
+        split: str | None = None,
+        source: str | None = None,
+        fidelity: str | None = None,
+        prop: Property | None = None,
+    ) -> np.ndarray:
+        """Return a bool [n_frames]: which rows meet every condition; see ``rows``."""
         if source is not None and source not in self.source_names:
             raise InputError(f"{self.path}: no source {source!r}; sources: {known(self.source_names)}")
         if fidelity is not None:
@@ -270,7 +281,7 @@ class Store:
             mask &= self._labelled(source, fidelity, prop)
         elif source is not None:
             mask &= self._labelled(source, None, None) | (self.source == self.source_names.index(source))
-        return np.flatnonzero(mask).astype(np.int64)
+        return mask
 
     @property
     def source_names(self) -> list[str]:
@@ -287,7 +298,13 @@ class Store:
                 for p in PROPERTIES
                 if fidelity in (None, name) and prop in (None, p)
             )
-            mask[layer.rows[(layer.present & np.uint64(bits)) != 0]] = True
+            for first in range(0, len(layer.rows), _BLOCK):
+                part = slice(first, first + _BLOCK)
+                has = (layer.present[part] & np.uint64(bits)) != 0
+                if layer.dense:
+                    mask[part][: len(has)] |= has
+                else:
+                    mask[layer.rows[part][has]] = True
         return mask
 
     def has(self, fidelity: str, prop: Property) -> np.ndarray:
@@ -321,6 +338,11 @@ class Store:
         counts = np.zeros((len(rows), N_ELEMENTS + 1))
         counts[frame, self.element[entry]] = self._element_count[entry]
         return counts
+
+    def elements(self, row: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return the atomic numbers that occur in a row, ascending, and how many atoms of each."""
+        place = slice(int(self._element_start[row]), int(self._element_start[row + 1]))
+        return self.element[place], self._element_count[place]
 
     def geometry(self, row: int) -> records.Geometry:
         """Return ``(atomic_numbers u8 [n], positions f8 [n, 3], cell f8 [3, 3], pbc bool [3])``: read-only views, Å."""
@@ -383,6 +405,16 @@ class Store:
 
     def edges_fingerprint(self, cutoff: float) -> str:
         return str(_read_json(self._edges(cutoff))["sha256"])
+
+    def folders_beside(self, name: str) -> list[Path]:
+        """Return where what follows from a store may lie: in it, then in ``$MFFM_CACHE``."""
+        return [folder.with_name(name) for folder in edge_folders(self.path, self.geometry_fingerprint)]
+
+    def neighbor_histograms(self) -> dict[float, dict[str, int]]:
+        """Return cutoff → (mean neighbors of a structure's atoms, rounded → structures), of the counts in the store."""
+        found = (_read_json(path) for path in (self.path / "edges").glob("cutoff-*.json"))
+        known = {meta["cutoff"]: meta.get("neighbors_per_atom") for meta in found}
+        return {cutoff: known[cutoff] for cutoff in sorted(known) if known[cutoff]}
 
     def _edges(self, cutoff: float) -> Path:
         for folder in edge_folders(self.path, self.geometry_fingerprint):

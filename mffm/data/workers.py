@@ -6,12 +6,14 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from multiprocessing import get_context, parent_process
 from typing import Any
 
 from mffm.data.readers.chunk import Chunk
+
+Call = tuple[Any, Callable[..., Any], tuple[Any, ...]]
 
 
 def end_with_parent() -> None:
@@ -28,47 +30,61 @@ def end_with_parent() -> None:
 
 
 class Workers:
-    """Run ``process`` over chunks, in order: in this process, or in ``workers`` others with a bounded number under
-    way.
-    """
+    """Calls in this process, or in ``workers`` others with a bounded number under way."""
 
-    def __init__(self, workers: int, process: Callable[[Chunk, Any], Any]):
+    def __init__(self, workers: int):
         self.workers = workers
-        self.process = process
         self._executor: ProcessPoolExecutor | None = None
 
-    def __enter__(self) -> Any:
+    def __enter__(self) -> "Workers":
         if self.workers > 1:
             # spawn: a forked child would inherit the open LMDB file, and threads of a caller that uses torch.
             self._executor = ProcessPoolExecutor(
                 self.workers, mp_context=get_context("spawn"), initializer=end_with_parent
             )
-        return self._run
+        return self
 
-    def __exit__(self, *exception: object) -> None:
-        if self._executor is not None:
-            self._executor.shutdown(wait=True, cancel_futures=True)
-
-    def _run(self, chunks: Iterator[Chunk], settings: Any) -> Iterator[tuple[Chunk, Any]]:
+    def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
         if self._executor is None:
-            for chunk in chunks:
-                yield chunk._replace(payload=None), self.process(chunk, settings)
             return
-        pending: deque[tuple[Chunk, Future[Any]]] = deque()
-        for chunk in chunks:
-            pending.append((chunk._replace(payload=None), self._executor.submit(self.process, chunk, settings)))
-            if len(pending) > 3 * self.workers:
+        if kind is not None:  # nobody waits for what is under way, which may be minutes of reading
+            for process in list((self._executor._processes or {}).values()):
+                process.terminate()
+        self._executor.shutdown(wait=True, cancel_futures=True)
+
+    def submit(self, function: Callable[..., Any], *arguments: Any) -> "Future[Any]":
+        """Start a call; in this process it is done, or has raised, on return."""
+        if self._executor is not None:
+            return self._executor.submit(function, *arguments)
+        future: Future[Any] = Future()
+        future.set_result(function(*arguments))
+        return future
+
+    def in_order(self, calls: Iterable[Call]) -> Iterator[tuple[Any, Any]]:
+        """Yield (tag, result) of calls (tag, function, arguments), in their order."""
+        pending: deque[tuple[Any, Future[Any]]] = deque()
+        for tag, function, arguments in calls:
+            pending.append((tag, self.submit(function, *arguments)))
+            if self._executor is None or len(pending) > 3 * self.workers:
                 done, future = pending.popleft()
                 yield done, future.result()
-        for done, future in pending:
+        while pending:
+            done, future = pending.popleft()
             yield done, future.result()
+
+    def over_chunks(
+        self, process: Callable[[Chunk, Any], Any], chunks: Iterable[Chunk], settings: Any
+    ) -> Iterator[tuple[Chunk, Any]]:
+        """Yield (chunk without its payload, what ``process`` made of it), in order."""
+        return self.in_order((chunk._replace(payload=None), process, (chunk, settings)) for chunk in chunks)
 
 
 class Meter:
-    """A progress bar by bytes of the sources; plain lines where the output is not a terminal."""
+    """A progress bar, of an ingest by bytes of the sources; plain lines where the output is not a terminal."""
 
-    def __init__(self, total: int, show: bool):
+    def __init__(self, total: int, show: bool, name: str = "ingest"):
         self.total = max(total, 1)
+        self.name = name
         self.show = show
         self._bar: Any = None
         self._next_line = time.monotonic() + 10
@@ -82,16 +98,16 @@ class Meter:
             if console.is_terminal:
                 columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:.0f} %"))
                 self._bar = Progress(*columns, TimeRemainingColumn(), console=console)
-                self._task = self._bar.add_task("ingest", total=self.total)
+                self._task = self._bar.add_task(self.name, total=self.total)
                 self._bar.start()
         return self
 
     def update(self, done: int, state: dict[str, Any]) -> None:
-        text = f"{state['n_rows']} frames, {state['n_rejected']} rejected"
+        text = f"{state['n_rows']} frames" + (f", {state['n_rejected']} rejected" if "n_rejected" in state else "")
         if self._bar is not None:
             self._bar.update(self._task, completed=done, description=text)
         elif self.show and time.monotonic() > self._next_line:
-            print(f"ingest: {100 * done // self.total} % of the sources, {text}", file=sys.stderr, flush=True)
+            print(f"{self.name}: {100 * done // self.total} %, {text}", file=sys.stderr, flush=True)
             self._next_line = time.monotonic() + 10
 
     def __exit__(self, *exception: object) -> None:

@@ -25,11 +25,11 @@ from mffm.config.study import StudyConfig
 from mffm.data.checks import same_structures
 from mffm.data.guess import Guess, guess, read_keys
 from mffm.data.identity import geometry_hash
-from mffm.data.ingest import Splitter
 from mffm.data.neighbors import count
 from mffm.data.readers import RejectedFrame, read
 from mffm.data.readers.convert import formula
 from mffm.data.records import Geometry
+from mffm.data.splits import Splitter
 from mffm.errors import InputError
 from mffm.keys import ENERGY, PROPERTIES, STRESS, Property
 from mffm.release import write_text

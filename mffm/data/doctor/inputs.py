@@ -125,8 +125,8 @@ class StorePart:
     def measured(self, workers: int) -> Iterator[Measured]:
         starts = range(0, self.n, CHUNK_FRAMES)
         chunks = (Chunk(str(self.store.path), s, min(CHUNK_FRAMES, self.n - s), 0, None) for s in starts)
-        with Workers(workers, of_store) as run:
-            for _, found in run(chunks, None):
+        with Workers(workers) as run:
+            for _, found in run.over_chunks(of_store, chunks, None):
                 yield from found
 
     def frame(self, row: int) -> Frame:
@@ -164,8 +164,8 @@ class FilePart:
         at = 0
         known: dict[tuple[str, str, int | None, int | None], tuple[str, str, int | None, int | None]] = {}
         chunks = READERS[self._settings.reader].chunks(self.path, self._settings.want, 0, 0)
-        with Workers(workers, of_file) as run:
-            for chunk, items in run(chunks, self._settings):
+        with Workers(workers) as run:
+            for chunk, items in run.over_chunks(of_file, chunks, self._settings):
                 for index, item in enumerate(items, chunk.first):
                     if isinstance(item, str):
                         self.rejected.add(f"{self.path}:{index}", item)

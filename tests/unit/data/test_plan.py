@@ -127,6 +127,21 @@ def test_resume_from_a_serialised_cursor_gives_the_same_remaining_steps():
     assert [s.counts for s in first + rest] == [s.counts for s in whole]
 
 
+def test_blocks_are_read_together_and_every_frame_once_a_pass():
+    """With block_frames a step reads from few places; the order is a function of seed and cursor, as without."""
+    plan = Plan([plan_pool(rows=20_000)], plan_config(block_frames=10), seed=0)
+    steps, cursor = run_steps(plan, 40)
+    rows = np.concatenate([step.rows for step in steps])
+    assert len(np.unique(rows)) == len(rows)
+    first = np.sort(rows[:640])  # what 64 blocks hold
+    assert np.count_nonzero(np.diff(first) > 1) <= 64
+    again, _ = run_steps(plan, 5, Cursor.from_dict(json.loads(json.dumps(cursor.to_dict()))))
+    more, _ = run_steps(plan, 45)
+    assert [items(s) for s in again] == [items(s) for s in more[40:]]
+    whole, _ = run_steps(Plan([plan_pool(rows=700)], plan_config(block_frames=10), seed=0), 40)
+    assert set(np.concatenate([step.rows for step in whole])[:700].tolist()) == set(range(700))
+
+
 def test_a_step_is_a_pure_function_of_the_cursor():
     plan = Plan([plan_pool("a"), plan_pool("b", 1, rows=50)], plan_config(), seed=2)
     _, cursor = run_steps(plan, 7)
@@ -429,6 +444,7 @@ def test_fingerprint_covers_what_the_order_depends_on():
         fingerprint(edge_budget=2999),
         fingerprint(atom_budget=500),
         fingerprint(paired=True),
+        fingerprint(block_frames=4),
         fingerprint(plan_pool(rows=np.arange(1, 1001))),
         fingerprint(plan_pool("b")),
         fingerprint(other_edges),
@@ -465,12 +481,15 @@ class ArrayStore:
     def has(self, fidelity, prop):
         return self._has.get((fidelity, prop), np.zeros(self.n_frames, bool))
 
-    def rows(self, split=None, source=None, fidelity=None, prop=None):
+    def rows(self, **conditions):
+        return np.flatnonzero(self.mask(**conditions))
+
+    def mask(self, split=None, source=None, fidelity=None, prop=None):
         if split not in self.split_names:
             raise InputError(f"no split {split!r}; splits: train, val")
         if source not in (None, "s"):
             raise InputError(f"no source {source!r}; sources: s")
-        return np.flatnonzero((self.split == self.split_names.index(split)) & self.has(fidelity, prop))
+        return (self.split == self.split_names.index(split)) & self.has(fidelity, prop)
 
     def label_counts(self, split=None):
         return {"pbe": {"energy": 1}}
