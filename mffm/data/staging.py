@@ -290,7 +290,7 @@ class Staging:
             if self.by_name(frame_id) >= 0:
                 frame_id = f"{frame_id}/{item.geometry_hash.hex()}"
             geometry = records.unpack_geometry(record)
-            record = records.pack_geometry(*geometry, frame_id)
+            record = records.pack_geometry(*geometry, frame_id, records.unpack_moments(record))
         name = digest16(frame_id)
         group = self.group(item.group)
         extra = _EXTRA.pack(split, source, group, item.charge, item.spin, item.weight, name, item.geometry_hash)

@@ -363,6 +363,9 @@ class Store:
             split=self.split_names[self.split[row]],
             charge=None if charge == NO_CHARGE else charge,
             spin_multiplicity=spin or None,
+            magnetic_moments=None
+            if (moments := records.unpack_moments(record)) is None
+            else moments.astype(np.float64),
             weight=float(self.weight[row]),
             origin=f"{self.path}:{int(row)}",
         )

@@ -4,18 +4,18 @@ A label key is looked for in the row's own properties (energy, forces, stress, â
 """
 
 from collections.abc import Iterator
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from mffm.data.readers import ase as ase_reader
-from mffm.data.readers.chunk import CHUNK_FRAMES, Chunk
+from mffm.data.readers import plain
+from mffm.data.readers.chunk import Chunk
 from mffm.data.readers.convert import Wanted
+from mffm.data.readers.plain import Plain
 from mffm.errors import InputError
 
-parse = ase_reader.parse
+parse = plain.parse
 
 
 def _connect(path: Path) -> Any:
@@ -32,14 +32,14 @@ def _connect(path: Path) -> Any:
     return connect(str(path))
 
 
-def _plain(row: Any) -> tuple[Any, ...]:
+def _plain(row: Any) -> Plain:
     info: dict[str, Any] = {}
     arrays: dict[str, Any] = {}
     values: dict[str, Any] = {}
     for mapping in (row.data or {}, row.key_value_pairs or {}):
         values.update(mapping)
     for name in ("energy", "forces", "stress", "free_energy", "charge", "charges", "magmom", "magmoms", "dipole"):
-        value = row.get(name)
+        value = row.get(name) if name in row else None  # row.charge is 0.0 where the row has none
         if value is not None:
             values[name] = value
     n = len(row.numbers)
@@ -50,7 +50,7 @@ def _plain(row: Any) -> tuple[Any, ...]:
             info[name] = value
     info.setdefault("id", row.id)
     info.setdefault("unique_id", row.get("unique_id"))
-    return row.numbers, row.positions, np.asarray(row.cell), row.pbc, info, arrays
+    return Plain(row.numbers, row.positions, np.asarray(row.cell), row.pbc, info, arrays)
 
 
 def chunks(path: Path, want: Wanted, start: int = 0, first: int = 0) -> Iterator[Chunk]:
@@ -58,14 +58,7 @@ def chunks(path: Path, want: Wanted, start: int = 0, first: int = 0) -> Iterator
     del want, first
     try:
         rows = _connect(path).select(sort="id") if path.suffix == ".db" else _connect(path).select()
-        index = start
-        rows = islice(rows, start, None)
-        while True:
-            frames = [_plain(row) for row in islice(rows, CHUNK_FRAMES)]
-            if not frames:
-                return
-            yield Chunk(str(path), index, len(frames), index + len(frames), frames)
-            index += len(frames)
+        yield from plain.chunked(path, (_plain(row) for row in rows), start)
     except InputError:
         raise
     except Exception as error:  # backends raise anything
