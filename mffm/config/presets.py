@@ -1,8 +1,8 @@
 """Presets: the layout of a published set, by name. A source of a data YAML takes from one what it does not say itself.
 
 A preset is a YAML in ``mffm/config/presets`` with ``fidelities`` (what its labels are; none where that is the user's
-to say), ``source`` (a source without ``name`` and ``path``) and, for its user, ``about``, ``confirmed`` (against what the
-layout was checked) and ``from_memory`` (what was not).
+to say), ``source`` (a source without ``name`` and ``path``) and, for its user, ``about``, ``confirmed`` (against what
+the layout was checked) and ``from_memory`` (what was not).
 """
 
 from collections.abc import Mapping
@@ -42,8 +42,8 @@ def fill(source: Mapping[str, Any]) -> dict[str, Any]:
     if source.get("fidelity") is not None:
         if len(base["labels"]) > 1:
             raise ValueError(
-                f"preset {source['preset']!r} labels {known(base['labels'])}: `fidelity` names the one of a preset that "
-                "has one; give `labels`"
+                f"preset {source['preset']!r} labels {known(base['labels'])}: `fidelity` names the one of a preset "
+                "that has one; give `labels`"
             )
         base["labels"] = {str(source["fidelity"]): labels for labels in base["labels"].values()}
     return _merged(base, source)

@@ -5,7 +5,7 @@ Factors are CODATA 2018 through ASE's unit table (1 Hartree = 27.211386 eV, 1 bo
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -95,7 +95,7 @@ class Wanted:
     weight_key: str | None
     moments_key: str | None = None
     nan_is_absent: bool = False
-    hdf5: Hdf5Spec = Hdf5Spec()
+    hdf5: Hdf5Spec = field(default_factory=Hdf5Spec)
     everything: bool = False  # values of every key, not of those alone that are asked for
 
     @cached_property

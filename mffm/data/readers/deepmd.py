@@ -1,6 +1,6 @@
-"""DeePMD-kit's systems (``deepmd/npy`` and ``deepmd/npy/mixed`` of dpdata): a folder with ``type.raw``, ``type_map.raw``,
-perhaps ``nopbc``, and sets ``set.*`` of ``coord.npy`` [frames, 3 n], ``box.npy`` [frames, 9], ``energy.npy`` [frames],
-``force.npy`` [frames, 3 n], ``virial.npy`` [frames, 9].
+"""DeePMD-kit's systems (``deepmd/npy`` and ``deepmd/npy/mixed`` of dpdata): a folder with ``type.raw``,
+``type_map.raw``, perhaps ``nopbc``, and sets ``set.*`` of ``coord.npy`` [frames, 3 n], ``box.npy`` [frames, 9],
+``energy.npy`` [frames], ``force.npy`` [frames, 3 n], ``virial.npy`` [frames, 9].
 
 The file of a system is its ``type.raw``. Å, eV, eV/Å; the virial is in eV with pressure's sign: minus stress times
 volume. Every other .npy of a set with a value a frame is a value of the frame (``spin.npy``, ``fparam.npy``).
@@ -86,14 +86,16 @@ def _set(folder: Path, types: np.ndarray, kinds: np.ndarray, nopbc: bool, want: 
     coord = _load(files["coord"])
     if coord.ndim < 2 or coord.dtype.kind not in "fiu" or coord.size != len(coord) * 3 * len(types):
         raise InputError(
-            f"{files['coord']}: shape {list(coord.shape)} of {coord.dtype}, expected [frames, {3 * len(types)}] for the "
-            f"{len(types)} atoms of type.raw"
+            f"{files['coord']}: shape {list(coord.shape)} of {coord.dtype}, expected [frames, {3 * len(types)}] for "
+            f"the {len(types)} atoms of type.raw"
         )
     n = len(coord)
     box = None if nopbc else _values(files, "box", n)
     if not nopbc and (box is None or box.size != 9 * n):
-        raise InputError(f"{folder}: box.npy {'is missing' if box is None else f'has shape {list(box.shape)}'}, expected "
-                         f"[{n}, 9]; a file named nopbc beside type.raw says that there is no cell")  # fmt: skip
+        fault = "is missing" if box is None else f"has shape {list(box.shape)}"
+        raise InputError(
+            f"{folder}: box.npy {fault}, expected [{n}, 9]; a file nopbc beside type.raw says that there is no cell"
+        )
     mixed = _values(files, "real_atom_types", n)
     if mixed is not None and (mixed.size != n * len(types) or mixed.dtype.kind not in "iu"):
         raise InputError(f"{files['real_atom_types']}: shape {list(mixed.shape)}, expected [{n}, {len(types)}]")
@@ -111,10 +113,12 @@ def _set(folder: Path, types: np.ndarray, kinds: np.ndarray, nopbc: bool, want: 
         for name, values in taken.items():
             assert values is not None
             value = values[i]
-            if value.size == 3 * len(types) and len(types) != 3:
+            if value.size == 3 * len(types) and (name in want.array_keys or len(types) != 3):
                 arrays[name] = value.reshape(-1, 3)[real]
+            elif value.shape == (len(types),) and name in want.array_keys:
+                arrays[name] = value[real]
             else:
-                info[name] = value[real] if value.shape == (len(types),) and not real.all() else value
+                info[name] = value
         cell = None if box is None else box[i].reshape(3, 3)
         yield Plain(kinds[kind[real]], coord[i].reshape(-1, 3)[real], cell, np.full(3, not nopbc), info, arrays)
 

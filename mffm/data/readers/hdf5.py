@@ -25,6 +25,8 @@ parse = plain.parse
 
 POSITIONS = ("coordinates", "conformations", "positions", "atXYZ", "coords", "geometry", "xyz", "R")
 NUMBERS = ("atomic_numbers", "atNUM", "species", "numbers", "elements", "Z", "z")
+_NO_POSITIONS = "no positions"
+_MOST_PACKED = 2000  # how much larger than the file a dataset may be: deflate packs 1032 to 1
 _CHARGE = re.compile(r"\[[^\]]*?(\++|-+)(\d*)(?::\d+)?\]")  # of an atom in brackets, e.g. [O-:3], [Ca+2]
 
 
@@ -52,7 +54,7 @@ def _frames(path: Path, file: Any, want: Wanted) -> Iterator[Plain | Unreadable]
         raise InputError(f"{path}: no group {missing[0]!r} (hdf5.groups); groups: {known(list(file)[:20])}")
     found = False
     for frame in _walk(file, [], None, want, spec):
-        found = True
+        found = found or not (isinstance(frame, Unreadable) and _NO_POSITIONS in frame.reason)
         yield frame
     if not found:
         raise InputError(
@@ -77,6 +79,8 @@ def _walk(group: Any, parts: list[str], numbers: Any, want: Wanted, spec: Hdf5Sp
     groups: dict[str, Any] = {}
     for name in names:
         member = group.get(name)
+        if isinstance(member, h5py.Dataset) and member.nbytes > _MOST_PACKED * group.file.id.get_filesize():
+            raise InputError(f"{group.file.filename}: {member.name}: shape {list(member.shape)}; the file is damaged")
         if member is None:
             yield Unreadable(f"{'/'.join([*parts, name])}: a link to something that is not in the file")
         else:
@@ -86,7 +90,9 @@ def _walk(group: Any, parts: list[str], numbers: Any, want: Wanted, spec: Hdf5Sp
     if positions is not None:
         yield from _molecule(parts, datasets, positions, numbers, want)
     elif datasets and not groups:
-        yield Unreadable(f"{'/'.join(parts) or '/'}: no positions among {', '.join(sorted(datasets)[:12])}")
+        energies = [d for n, d in datasets.items() if n in want.frame_keys and d.shape]
+        fault = f"{'/'.join(parts) or '/'}: {_NO_POSITIONS} among {', '.join(sorted(datasets)[:12])}"
+        yield from [Unreadable(fault)] * (len(energies[0]) if energies else 1)
     for name, member in groups.items():
         yield from _walk(member, [*parts, name], numbers, want, spec)
 

@@ -1,9 +1,9 @@
 """JSON of pymatgen structures with their labels: MPtrj, MatPES, Alexandria, what ``monty`` and ``MPRester`` write.
 
-A record is a mapping with a ``structure`` (or ``molecule``) in pymatgen's form; its other values are the frame's, those
-of nested mappings with a dot (``data.energy_total``), those of the sites as arrays (``forces``, ``magmom``). Records may
-be nested in any way: keys and indices on the way to one are ``id_0``, ``id_1``, … Files of any size are streamed: only
-one member of the outermost list or mapping is in memory.
+A record is a mapping with a ``structure`` (or ``molecule``) in pymatgen's form; its other values are the frame's,
+those of nested mappings with a dot (``data.energy_total``), those of the sites as arrays (``forces``, ``magmom``).
+Records may be nested in any way: keys and indices on the way to one are ``id_0``, ``id_1``, … Files of any size are
+streamed: only one member of the outermost list or mapping is in memory.
 """
 
 import codecs
@@ -43,6 +43,8 @@ def chunks(path: Path, want: Wanted, start: int = 0, first: int = 0) -> Iterator
 def _frames(path: Path, want: Wanted) -> Iterator[Plain | Unreadable]:
     n = 0
     for keys, member in _members(path):
+        if isinstance(member, Mapping) and "sites" in member and not any(name in member for name in STRUCTURES):
+            member = {STRUCTURES[0]: member}  # a structure by itself
         found = list(_records(keys, member, {}))
         if not found and isinstance(member, Mapping | list):
             yield Unreadable(f"{'/'.join(keys) or 'the file'}: no structure in it{_shown(member)}")
@@ -213,9 +215,6 @@ def _records(keys: list[str], value: Any, inherited: dict[str, Any]) -> Iterator
     if isinstance(value, Mapping):
         if any(name in value for name in STRUCTURES):
             yield keys, value, inherited
-            return
-        if "sites" in value and ("lattice" in value or "@class" in value):
-            yield keys, {"structure": value}, inherited
             return
         own = {k: v for k, v in value.items() if not isinstance(v, Mapping | list)}
         members = [(str(k), v) for k, v in value.items() if isinstance(v, Mapping | list)]

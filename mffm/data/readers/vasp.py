@@ -1,8 +1,8 @@
 """VASP's vasprun.xml, as a stream: every ionic step with its energies, forces and stress, as VASP prints them.
 
 ``e_0_energy`` (extrapolated to no smearing), ``e_wo_entrp``, ``e_fr_energy`` (whose gradient the forces are) in eV,
-``forces`` in eV/Å, ``stress`` in kbar with pressure's sign. A step whose electronic loop took NELM steps is not converged
-and is rejected; one that was cut short, too. OUTCAR and the rest of VASP are read by the ``ase`` reader.
+``forces`` in eV/Å, ``stress`` in kbar with pressure's sign. A step whose electronic loop took NELM steps is not
+converged and is rejected; one that was cut short, too. OUTCAR and the rest of VASP are read by the ``ase`` reader.
 """
 
 import xml.etree.ElementTree as ElementTree

@@ -298,7 +298,8 @@ VASPRUN = """<?xml version="1.0" encoding="ISO-8859-1"?>
   <array name="atoms"><dimension dim="1">ion</dimension><field type="string">element</field>
    <field type="int">atomtype</field><set>{atoms}</set></array>
   <array name="atomtypes"><dimension dim="1">type</dimension><field type="int">atomspertype</field>
-   <field type="string">element</field><field>mass</field><field>valence</field><field type="string">pseudopotential</field>
+   <field type="string">element</field><field>mass</field><field>valence</field>
+   <field type="string">pseudopotential</field>
    <set>{types}</set></array></atominfo>
 {initial}{steps}{final}</modeling>
 """
@@ -335,7 +336,8 @@ def vasprun(samples: list[Sample], n_electronic: Callable[[int], int] = lambda k
             f"<rc><c>   {symbols.count(s)}</c><c>{s:2s}</c><c> 16.0</c><c> 6.0</c><c> PAW_PBE {s} 08Apr2002 </c></rc>"
             for s in kinds
         ),
-        initial=structure(samples[0], ' name="initialpos"'), steps=steps, final=structure(samples[-1], ' name="finalpos"'),
+        initial=structure(samples[0], ' name="initialpos"'), steps=steps,
+        final=structure(samples[-1], ' name="finalpos"'),
     )  # fmt: skip
 
 
