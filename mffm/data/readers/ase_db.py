@@ -3,6 +3,9 @@
 A label key is looked for in the row's own properties (energy, forces, stress, …), its key-value pairs and its ``data``.
 """
 
+import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -28,8 +31,31 @@ def _connect(path: Path) -> Any:
             raise InputError(
                 f"{path}: .aselmdb needs the ase-db-backends package; pip install 'mffm[fairchem]'"
             ) from error
+        _refuse_damaged(path)
         return connect(str(path), type="aselmdb", readonly=True, use_lock_file=False)
     return connect(str(path))
+
+
+# What another process runs to copy every value once, as the reading will do.
+_WALK = """
+import lmdb, sys
+for key, value in lmdb.open(sys.argv[1], subdir=False, readonly=True, lock=False).begin().cursor():
+    pass
+"""
+
+
+def _refuse_damaged(path: Path) -> None:
+    """Refuse a file that LMDB cannot walk through. It trusts what it maps: a file that was cut, or has a byte too many,
+    ends the process that reads it (SIGBUS, SIGSEGV), so another one looks first; the file is in memory after that.
+
+    Raises:
+        InputError: the file is damaged.
+    """
+    done = subprocess.run([sys.executable, "-c", _WALK, str(path)], capture_output=True, text=True, check=False)
+    if done.returncode:
+        ended = signal.Signals(-done.returncode).name if done.returncode < 0 else "an error"
+        fault = next(reversed(done.stderr.strip().splitlines()), ended)
+        raise InputError(f"{path}: damaged or cut short: LMDB cannot read it ({fault}); fetch it again")
 
 
 def _plain(row: Any) -> Plain:

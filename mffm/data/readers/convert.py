@@ -31,7 +31,9 @@ DEFAULT_UNITS: dict[Property, str] = {ENERGY: "eV", FORCES: "eV/Angstrom", STRES
 
 # Largest asymmetry of a stress, relative to its largest component, that rounding and k-point noise explain.
 STRESS_ASYMMETRY = 1e-2
-FARTHEST = 1e6  # Å from the origin
+FARTHEST = 1e6  # Å from the origin, and the longest cell vector
+# eV, eV/Å, eV/Å³: all electrons of 1e5 heavy atoms have 1e11 eV. What is beyond is damage, and overflows in float32.
+LARGEST = 1e12
 
 
 @dataclass(slots=True)
@@ -163,7 +165,7 @@ def build(
         frame = Frame(
             atomic_numbers=_elements(numbers),
             positions=_near(_finite(np.asarray(positions, np.float64) * want.length, "positions")),
-            cell=np.zeros((3, 3)) if cell is None else _finite(np.asarray(cell, np.float64) * want.length, "the cell"),
+            cell=np.zeros((3, 3)) if cell is None else _cell(np.asarray(cell, np.float64) * want.length),
             pbc=np.asarray(pbc, bool),
             origin=origin,
         )
@@ -269,6 +271,12 @@ def _finite(values: np.ndarray, what: str) -> np.ndarray:
     return values
 
 
+def _cell(cell: np.ndarray) -> np.ndarray:
+    if _finite(cell, "the cell").size != 9 or np.abs(cell).max() > FARTHEST:
+        raise BadFrameError(f"the cell: {cell.tolist()}, expected 3×3 numbers up to {FARTHEST:g} Å")
+    return cell
+
+
 def _near(positions: np.ndarray) -> np.ndarray:
     """Positions beyond ``FARTHEST`` are damage or a wrong column: differences between them lose their digits."""
     if len(positions) and np.abs(positions).max() > FARTHEST:
@@ -298,6 +306,11 @@ def numeric(value: Any, what: str) -> np.ndarray:
 def _label(value: Any, prop: Property, spec: LabelSpec, scale: float, frame: Frame) -> np.ndarray:
     what = f"{prop} ({spec.key})"
     array = numeric(value, what)
+    largest = np.abs(array).max(initial=0)
+    if np.isfinite(largest) and abs(scale) * largest > LARGEST:
+        raise BadFrameError(
+            f"{what}: {largest:.3g}, beyond {LARGEST:g} {DEFAULT_UNITS[prop]}: damage, or another quantity"
+        )
     if prop == ENERGY:
         if array.size != 1:
             raise BadFrameError(f"{what}: expected one number, found shape {list(array.shape)}")

@@ -20,6 +20,7 @@ from mffm.data.readers.chunk import CHUNK_FRAMES, Chunk
 from mffm.data.readers.convert import Wanted
 from mffm.data.readers.plain import Plain, Unreadable
 from mffm.errors import InputError, known
+from mffm.keys import ENERGY
 
 parse = plain.parse
 
@@ -89,16 +90,21 @@ def _walk(group: Any, parts: list[str], numbers: Any, want: Wanted, spec: Hdf5Sp
     positions = next((n for n in _either(spec.positions, POSITIONS) if n in datasets), None)
     if positions is not None:
         yield from _molecule(parts, datasets, positions, numbers, want)
-    elif datasets and not groups:
-        energies = [d for n, d in datasets.items() if n in want.frame_keys and d.shape]
+    elif any(spec.key in datasets for _, _, spec, _ in want.labels):
         fault = f"{'/'.join(parts) or '/'}: {_NO_POSITIONS} among {', '.join(sorted(datasets)[:12])}"
-        yield from [Unreadable(fault)] * (len(energies[0]) if energies else 1)
+        yield from [Unreadable(fault)] * max(_n_energies(datasets, want), 1)
     for name, member in groups.items():
         yield from _walk(member, [*parts, name], numbers, want, spec)
 
 
 def _either(name: str | None, usual: tuple[str, ...]) -> tuple[str, ...]:
     return usual if name is None else (name,)
+
+
+def _n_energies(datasets: dict[str, Any], want: Wanted) -> int:
+    """Return how many frames a group has energies of; 0 where none says."""
+    keys = [spec.key for _, prop, spec, _ in want.labels if prop == ENERGY]
+    return max((len(datasets[key]) for key in keys if key in datasets and datasets[key].shape), default=0)
 
 
 def _molecule(
@@ -110,9 +116,10 @@ def _molecule(
     shape = tuple(positions.shape or ())
     single = len(shape) == 2
     n_frames = 1 if single else shape[0] if shape else 1
+    n_energies = _n_energies(datasets, want)
     if len(shape) not in (2, 3) or shape[-1] != 3 or positions.dtype.kind not in "fiu":
         fault = f"{place}: {key} has shape {list(shape)} of {positions.dtype}, expected [frames, atoms, 3]"
-        yield from [Unreadable(fault)] * n_frames
+        yield from [Unreadable(fault)] * max(n_frames, n_energies)
         return
     fault = "" if numbers is not None else "no atomic numbers here or in a group above"
     every = None
@@ -124,8 +131,10 @@ def _molecule(
     n_atoms = shape[-2]
     if every is not None and every.shape not in ((n_atoms,), (n_frames, n_atoms)):
         fault = f"atomic numbers of shape {list(every.shape)} for positions of {list(shape)}"
+    if n_energies not in (0, n_frames):
+        fault = f"{n_frames} frames of positions, {n_energies} of energies"
     if every is None or fault:
-        yield from [Unreadable(f"{place}: {fault}")] * n_frames
+        yield from [Unreadable(f"{place}: {fault}")] * max(n_frames, n_energies)
         return
     about = {"group": place} | {f"group_{k}": part for k, part in enumerate(parts)}
     values = {name: d for name, d in datasets.items() if d is not positions and want.takes(name)}

@@ -5,6 +5,7 @@ process, or the reason why one cannot be read.
 import bz2
 import gzip
 import lzma
+import zlib
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -80,4 +81,4 @@ def open_binary(path: Path) -> BinaryIO:
 
 
 # What damage of a compressed file raises while it is read.
-DAMAGED = (OSError, EOFError, lzma.LZMAError)
+DAMAGED = (OSError, EOFError, lzma.LZMAError, zlib.error)

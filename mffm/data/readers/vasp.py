@@ -55,11 +55,24 @@ def _frames(path: Path) -> Iterator[Plain | Unreadable]:
         except ElementTree.ParseError as error:
             if n == 0 and depth == 0:
                 raise InputError(f"{path}: not readable as vasprun.xml ({error})") from error
-            yield Unreadable(f"the file is damaged or cut short after {n} ionic steps ({error})")
+            fault = f"the file is damaged or cut short after {n} ionic steps ({error})"
+            yield from [Unreadable(fault)] * max(_begun(path) - n, 1)
         except (ValueError, TypeError, KeyError, LookupError) as error:
             raise InputError(f"{path}: not a vasprun.xml as VASP writes it ({error})") from error
     if n == 0 and depth == 0:
         raise InputError(f"{path}: no ionic step; the calculation ended before the first one")
+
+
+def _begun(path: Path) -> int:
+    """Return how many ionic steps a file has the beginning of."""
+    n = 0
+    with plain.open_binary(path) as file:
+        try:
+            for line in file:
+                n += line.count(b"<calculation>")
+        except plain.DAMAGED:  # a packed file that was cut: what is whole of it was counted
+            pass
+    return n
 
 
 def _text(element: Any) -> str:
