@@ -22,6 +22,7 @@ class Frame:
         split: split that the source gives, or empty.
         charge: total charge in e, or None where the source gives none.
         spin_multiplicity: 2S+1, or None where the source gives none.
+        magnetic_moments: [n_atoms] collinear moments in µB, or None where the source gives none.
         weight: factor on the frame's labels in the loss.
         origin: "file:index", for messages.
     """
@@ -36,6 +37,7 @@ class Frame:
     split: str = ""
     charge: int | None = None
     spin_multiplicity: int | None = None
+    magnetic_moments: np.ndarray | None = None
     weight: float = 1.0
     origin: str = ""
 

@@ -1,15 +1,17 @@
 """Schema of a data YAML: sources of labelled structures → one store."""
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
+from mffm.config import presets
 from mffm.config.base import Schema
 from mffm.keys import Property
 
 EnergyUnit = Literal["eV", "Hartree", "kcal/mol", "kJ/mol", "meV", "Rydberg"]
 LengthUnit = Literal["Angstrom", "bohr", "nm"]
 PressureUnit = Literal["eV/Angstrom^3", "GPa", "kbar", "Hartree/bohr^3"]
+ReaderName = Literal["auto", "extxyz", "ase", "ase_db", "json", "hdf5", "deepmd", "vasp"]
 
 
 class FidelitySpec(Schema):
@@ -38,14 +40,29 @@ class LabelSpec(Schema):
     )
 
 
+class Hdf5Spec(Schema):
+    """Which datasets of an HDF5 file say where the atoms are; the usual names are known."""
+
+    positions: str | None = Field(None, description="dataset [frames, atoms, 3] or [atoms, 3] of each group")
+    numbers: str | None = Field(None, description="dataset [atoms] of atomic numbers or symbols, there or further up")
+    groups: list[str] | None = Field(None, description="top-level groups to be read; all where not given")
+
+
 class SourceSpec(Schema):
     """One data set as published."""
 
+    preset: str | None = Field(
+        None, description="layout of a published set, for everything that is not given here; null takes a key out"
+    )
+    fidelity: str | None = Field(None, description="your name for the fidelity of a preset that labels one")
     name: str = Field(min_length=1, pattern=r"^[\w.+-]+$", description="letters, digits, _ . + -; also names a folder")
     path: str | list[str] = Field(
-        description="file, glob or list of them, relative to the data YAML; ${NAME} is an environment variable"
+        description="file, glob, folder (with `files`) or list of them, relative to the data YAML; ${NAME} is an "
+        "environment variable"
     )
-    reader: Literal["auto", "extxyz", "ase", "ase_db"] = "auto"
+    files: str | None = Field(None, description="glob of the files to be read where `path` is a folder")
+    reader: ReaderName = "auto"
+    hdf5: Hdf5Spec = Hdf5Spec()
     length_unit: LengthUnit = "Angstrom"
     frame_key: str | None = Field(
         None, description="info key with a unique name per structure; without it, the geometry's hash"
@@ -58,10 +75,21 @@ class SourceSpec(Schema):
     )
     charge_key: str | None = None
     spin_multiplicity_key: str | None = None
+    magnetic_moments_key: str | None = Field(None, description="array key of the atoms' collinear moments, in µB")
     weight_key: str | None = Field(None, description="info key of a frame's weight in the loss; 1 where it has none")
+    nan: Literal["reject", "absent"] = Field(
+        "reject", description="a label that is NaN throughout: reject its frame, or the label does not exist"
+    )
     labels: dict[str, dict[Property, LabelSpec | str]] = Field(min_length=1, description="fidelity → property → key")
     licence: str = Field(min_length=1)
     citation: str = ""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _preset(cls, content: Any) -> Any:
+        if isinstance(content, dict) and content.get("preset") is not None:
+            return presets.fill(content)
+        return content
 
     @model_validator(mode="after")
     def _checks(self) -> "SourceSpec":
@@ -118,6 +146,11 @@ class DataConfig(Schema):
     )
     shard_frames: int = Field(50_000, gt=0)
     workers: int = Field(1, ge=1, description="processes that read and check")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fidelities_of_presets(cls, content: Any) -> Any:
+        return presets.declare(content) if isinstance(content, dict) else content
 
     @model_validator(mode="after")
     def _checks(self) -> "DataConfig":

@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 # differently: energy in eV per atom, forces in eV/Å, stress in eV/Å³.
 PAIRS_TOLD = 10  # of structures in two splits, in a message
 SAME_LABEL = {"energy": 1e-4, "forces": 2e-3, "stress": 2e-4}
+THINNEST = (
+    0.1  # Å between lattice planes; crystals have 1 and more, and below it neighbor lists need thousands of images
+)
 _DENSE_ATOMS = 300  # up to here all pairs at once (45 000 of them); beyond, a neighbor list
 
 
@@ -45,6 +48,9 @@ def cell_fault(cell: np.ndarray, pbc: np.ndarray) -> str:
     if lengths.min() < 1e-6 or np.linalg.det(gram) < (1e-6 * lengths.prod()) ** 2:
         size = "zero volume" if pbc.all() else "zero extent"
         return f"periodic along {''.join('xyz'[i] for i in range(3) if pbc[i])} with a cell of {size}: {cell.tolist()}"
+    apart = 1 / np.sqrt(np.diagonal(np.linalg.inv(gram)).max())
+    if apart < THINNEST:
+        return f"lattice planes {apart:.3g} Å apart, closer than {THINNEST:g} Å: cell {cell.tolist()}"
     return ""
 
 

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from mffm.config.data import LabelSpec, SourceSpec
 from mffm.data.readers import READERS, reader_name, wanted
 from mffm.data.readers.convert import BadFrameError
 from mffm.data.readers.extxyz import columns, parse_comment
+from mffm.data.readers.plain import Unreadable
 from mffm.errors import InputError, known
 from mffm.keys import ENERGY, FORCES, STRESS, Property
 
@@ -102,7 +103,7 @@ def _frames(path: Path) -> Iterable[tuple[dict[str, Any], dict[str, int], bool]]
     name = reader_name(path)
     # A label of any key: nothing is converted here, the reader is only asked for the text or the plain values.
     spec = SourceSpec(name="guess", path=str(path), licence="unknown", labels={"any": {"energy": "energy"}})
-    for chunk in READERS[name].chunks(path, wanted(spec), 0, 0):
+    for chunk in READERS[name].chunks(path, replace(wanted(spec), everything=True), 0, 0):
         for item in chunk.payload:
             if name == "extxyz":
                 info: dict[str, Any] = parse_comment(item[1].decode("utf-8", "replace"))
@@ -113,7 +114,7 @@ def _frames(path: Path) -> Iterable[tuple[dict[str, Any], dict[str, int], bool]]
                 lattice = info.pop("Lattice", info.pop("lattice", None))
                 is_periodic = lattice is not None and any(c in info.get("pbc", "T") for c in "Tt1")
                 yield info, {key: width for key, (_, width) in places.items() if key}, is_periodic
-            else:
+            elif not isinstance(item, Unreadable):
                 _, _, cell, pbc, info, arrays = item
                 widths = {key: np.shape(value)[1] for key, value in arrays.items() if np.ndim(value) == 2}
                 yield info, widths, bool(np.any(cell) and np.any(pbc))

@@ -75,10 +75,14 @@ def source_files(source: SourceSpec, base: Path) -> list[Path]:
         path = str(base / Path(expanded).expanduser())
         found = sorted(glob(path, recursive=True)) if any(c in path for c in "*?[") else [path]
         folders = [f for f in found if Path(f).is_dir()]
+        if source.files is not None:
+            found += sorted(str(f) for folder in folders for f in Path(folder).glob(source.files))
         found = [f for f in found if Path(f).is_file()]
         if not found and folders:
             raise InputError(
                 f"source {source.name!r}: {folders[0]}: is a folder; name its files, e.g. {Path(pattern) / '*.extxyz'}"
+                if source.files is None
+                else f"source {source.name!r}: {folders[0]}: has no file {source.files}; correct `path` or `files`"
             )
         if not found:
             raise InputError(f"source {source.name!r}: {path}: no such file; correct `path` in the data YAML")
@@ -108,7 +112,8 @@ def _config_hash(config: DataConfig, work: list[Work]) -> str:
     counts do not.
     """
     content = config.model_dump(mode="json", exclude={"store", "workers", "cutoffs"})
-    files = [[w.source, w.path.name, _file_digest(w.path)] for w in work]
+    files = [[w.source, w.path.name, _file_digest(w.path), *map(_file_digest, READERS[w.reader].companions(w.path))]
+             for w in work]  # fmt: skip
     return hashlib.sha256(json.dumps([content, files]).encode()).hexdigest()
 
 
@@ -132,7 +137,7 @@ def process(chunk: Chunk, settings: Settings) -> tuple[list[Item | RejectedFrame
         items.append(
             Item(
                 number=chunk.first + i,
-                record=records.pack_geometry(*geometry, frame_id),
+                record=records.pack_geometry(*geometry, frame_id, frame.magnetic_moments),
                 n_atoms=frame.n_atoms,
                 frame_id=frame_id,
                 key=frame.frame_id,
@@ -396,7 +401,7 @@ def _end_source(staging: Staging, config: DataConfig, work: list[Work], k: int) 
     if state["source_frames"][source] == 0:
         raise InputError(f"{files}: no frames; the source {spec.name!r} is empty: correct `path`, or leave it out")
     keys = state["source_keys"][source]
-    for name in ("frame_key", "group_key", "charge_key", "spin_multiplicity_key", "weight_key"):
+    for name in ("frame_key", "group_key", "charge_key", "spin_multiplicity_key", "magnetic_moments_key", "weight_key"):
         key = getattr(spec, name)
         if key is not None and key not in keys and len(keys) < _MOST_KEYS and (name, key) != ("group_key", "formula"):
             raise InputError(

@@ -3,8 +3,8 @@ pickle.
 
 Geometry record, one per frame (key: row as 8 big-endian bytes)::
 
-    n_atoms u32 | pbc bits u8 | 0 u8 | id length u16 | cell 9×f8 | positions 3n×f8 | atomic numbers n×u8 | frame id
-    utf-8
+    n_atoms u32 | pbc bits u8 | moments u8 | id length u16 | cell 9×f8 | positions 3n×f8 | atomic numbers n×u8 |
+    frame id utf-8 | magnetic moments n×f4, where ``moments`` is 1
 
 Label record, one per (layer, frame) (key: row)::
 
@@ -47,20 +47,26 @@ def row_key(row: int) -> bytes:
 
 
 def pack_geometry(
-    numbers: np.ndarray, positions: np.ndarray, cell: np.ndarray, pbc: np.ndarray, frame_id: str
+    numbers: np.ndarray,
+    positions: np.ndarray,
+    cell: np.ndarray,
+    pbc: np.ndarray,
+    frame_id: str,
+    moments: np.ndarray | None = None,
 ) -> bytes:
     """Return the geometry record of a frame; ``numbers`` [n], ``positions`` [n, 3] and ``cell`` [3, 3] in Å, ``pbc``
-    [3].
+    [3], ``moments`` [n] in µB.
     """
     name = frame_id.encode()
     bits = int(pbc[0]) | int(pbc[1]) << 1 | int(pbc[2]) << 2
     return b"".join(
         (
-            GEOMETRY_HEADER.pack(len(numbers), bits, 0, len(name)),
+            GEOMETRY_HEADER.pack(len(numbers), bits, moments is not None, len(name)),
             np.ascontiguousarray(cell, "<f8").tobytes(),
             np.ascontiguousarray(positions, "<f8").tobytes(),
             np.ascontiguousarray(numbers, "u1").tobytes(),
             name,
+            b"" if moments is None else np.ascontiguousarray(moments, "<f4").tobytes(),
         )
     )
 
@@ -82,6 +88,12 @@ def unpack_frame_id(record: bytes | memoryview) -> str:
     n, _, _, length = GEOMETRY_HEADER.unpack_from(record)
     start = POSITIONS_AT + 25 * n
     return bytes(record[start : start + length]).decode()
+
+
+def unpack_moments(record: bytes | memoryview) -> np.ndarray | None:
+    """Return the magnetic moments f4 [n] in µB of a geometry record, or None where it has none."""
+    n, _, has, length = GEOMETRY_HEADER.unpack_from(record)
+    return np.ndarray((n,), "<f4", record[POSITIONS_AT + 25 * n + length :]) if has else None
 
 
 def bit(fidelity: int, prop: Property) -> int:

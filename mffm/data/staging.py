@@ -338,8 +338,8 @@ class Staging:
             frame_id = f"{source_name}/{frame_id}"
             if self.by_name(frame_id) >= 0:
                 frame_id = f"{frame_id}/{item.geometry_hash.hex()}"
-            geometry = records.unpack_geometry(self.bytes_of(record))
-            record = records.pack_geometry(*geometry, frame_id)
+            data = self.bytes_of(record)
+            record = records.pack_geometry(*records.unpack_geometry(data), frame_id, records.unpack_moments(data))
         name = digest16(frame_id)
         group = self.group(item.group)
         head = _HEAD.pack(split, source, group, item.charge, item.spin, item.weight, name, item.geometry_hash)

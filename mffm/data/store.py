@@ -370,6 +370,7 @@ class Store:
         record = self.geometry_shards.get(int(self.shard[row]), int(row))
         numbers, positions, cell, pbc = records.unpack_geometry(record)
         charge, spin = int(self.charge[row]), int(self.spin_multiplicity[row])
+        moments = records.unpack_moments(record)
         return Frame(
             atomic_numbers=numbers.copy(),
             positions=positions.copy(),
@@ -385,6 +386,7 @@ class Store:
             split=self.split_names[self.split[row]],
             charge=None if charge == NO_CHARGE else charge,
             spin_multiplicity=spin or None,
+            magnetic_moments=None if moments is None else moments.astype(np.float64),
             weight=float(self.weight[row]),
             origin=f"{self.path}:{int(row)}",
         )

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from mffm.config.data import SourceSpec
-from mffm.data.readers import ase, ase_db, extxyz
+from mffm.data.readers import ase, ase_db, deepmd, extxyz, hdf5, structures_json, vasp
 from mffm.data.readers.chunk import Chunk, Parsed, Reader
 from mffm.data.readers.convert import RejectedFrame, Wanted, wanted
 from mffm.errors import InputError
@@ -16,15 +16,31 @@ READERS: dict[str, Reader] = {
     "extxyz": Reader(extxyz.chunks, extxyz.parse),
     "ase": Reader(ase.chunks, ase.parse),
     "ase_db": Reader(ase_db.chunks, ase_db.parse),
+    "json": Reader(structures_json.chunks, structures_json.parse),
+    "hdf5": Reader(hdf5.chunks, hdf5.parse),
+    "deepmd": Reader(deepmd.chunks, deepmd.parse, deepmd.companions),
+    "vasp": Reader(vasp.chunks, vasp.parse),
 }
-_BY_SUFFIX = {".extxyz": "extxyz", ".xyz": "extxyz", ".db": "ase_db", ".aselmdb": "ase_db"}
+_BY_SUFFIX = {
+    ".extxyz": "extxyz",
+    ".xyz": "extxyz",
+    ".db": "ase_db",
+    ".aselmdb": "ase_db",
+    ".h5": "hdf5",
+    ".hdf5": "hdf5",
+}
+_PACKED = (".gz", ".bz2", ".xz")
 
 
 def reader_name(path: Path, name: str = "auto") -> str:
-    """Return the reader for a file: the one named, or by the ending (``.gz`` aside); anything else is left to ASE."""
+    """Return the reader for a file: the one named, or by the ending (``.gz`` and the like aside); anything else is left
+    to ASE.
+    """
     if name != "auto":
         return name
-    suffixes = [s for s in path.suffixes if s != ".gz"]
+    if path.name == "type.raw":
+        return "deepmd"
+    suffixes = [s for s in path.suffixes if s not in _PACKED]
     return _BY_SUFFIX.get(suffixes[-1] if suffixes else "", "ase")
 
 

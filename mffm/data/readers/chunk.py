@@ -31,8 +31,17 @@ class Parsed(NamedTuple):
     keys: set[str]
 
 
+def no_companions(path: Path) -> list[Path]:
+    del path
+    return []
+
+
 class Reader(NamedTuple):
-    """How a format is read: ``chunks(path, want, start, first)`` in one process, ``parse(chunk, want)`` in any."""
+    """How a format is read: ``chunks(path, want, start, first)`` in one process, ``parse(chunk, want)`` in any.
+
+    ``companions(path)`` are the files besides the one named that frames depend on.
+    """
 
     chunks: Callable[[Path, Wanted, int, int], Iterator[Chunk]]
     parse: Callable[[Chunk, Wanted], Parsed]
+    companions: Callable[[Path], list[Path]] = no_companions

@@ -5,13 +5,14 @@ Factors are CODATA 2018 through ASE's unit table (1 Hartree = 27.211386 eV, 1 bo
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 from ase.units import Bohr, GPa, Hartree, Rydberg, kcal, kJ, mol
 
-from mffm.config.data import LabelSpec, SourceSpec
+from mffm.config.data import Hdf5Spec, LabelSpec, SourceSpec
 from mffm.errors import InputError, known
 from mffm.frame import Frame
 from mffm.keys import ENERGY, FORCES, N_ELEMENTS, PROPERTIES, STRESS, Property
@@ -30,7 +31,9 @@ DEFAULT_UNITS: dict[Property, str] = {ENERGY: "eV", FORCES: "eV/Angstrom", STRES
 
 # Largest asymmetry of a stress, relative to its largest component, that rounding and k-point noise explain.
 STRESS_ASYMMETRY = 1e-2
-FARTHEST = 1e6  # Å from the origin
+FARTHEST = 1e6  # Å from the origin, and the longest cell vector
+# eV, eV/Å, eV/Å³: all electrons of 1e5 heavy atoms have 1e11 eV. What is beyond is damage, and overflows in float32.
+LARGEST = 1e12
 
 
 @dataclass(slots=True)
@@ -92,10 +95,27 @@ class Wanted:
     spin_key: str | None
     split_key: str | None
     weight_key: str | None
+    moments_key: str | None = None
+    nan_is_absent: bool = False
+    hdf5: Hdf5Spec = field(default_factory=Hdf5Spec)
+    everything: bool = False  # values of every key, not of those alone that are asked for
 
-    @property
-    def forces_keys(self) -> frozenset[str]:
-        return frozenset(spec.key for _, p, spec, _ in self.labels if p == FORCES)
+    @cached_property
+    def array_keys(self) -> frozenset[str]:
+        """Keys of values per atom: forces and magnetic moments."""
+        keys = {spec.key for _, p, spec, _ in self.labels if p == FORCES}
+        return frozenset(keys if self.moments_key is None else keys | {self.moments_key})
+
+    @cached_property
+    def frame_keys(self) -> frozenset[str]:
+        """Keys of values per frame: energies, stress, names, charge and spin."""
+        keys = {spec.key for _, p, spec, _ in self.labels if p != FORCES}
+        named = (self.frame_key, self.group_key, self.charge_key, self.spin_key, self.split_key, self.weight_key)
+        return frozenset(keys.union(key for key in named if key is not None))
+
+    def takes(self, key: str) -> bool:
+        """Return whether the value of a key is needed: readers of large sets leave the others unread."""
+        return self.everything or key in self.array_keys or key in self.frame_keys
 
 
 def wanted(source: SourceSpec, split_key: str | None = None) -> Wanted:
@@ -115,6 +135,9 @@ def wanted(source: SourceSpec, split_key: str | None = None) -> Wanted:
         source.spin_multiplicity_key,
         split_key,
         source.weight_key,
+        source.magnetic_moments_key,
+        source.nan == "absent",
+        source.hdf5,
     )
 
 
@@ -142,7 +165,7 @@ def build(
         frame = Frame(
             atomic_numbers=_elements(numbers),
             positions=_near(_finite(np.asarray(positions, np.float64) * want.length, "positions")),
-            cell=np.zeros((3, 3)) if cell is None else _finite(np.asarray(cell, np.float64) * want.length, "the cell"),
+            cell=np.zeros((3, 3)) if cell is None else _cell(np.asarray(cell, np.float64) * want.length),
             pbc=np.asarray(pbc, bool),
             origin=origin,
         )
@@ -156,6 +179,8 @@ def build(
                 value = arrays.get(spec.key)
                 if value is None:
                     continue
+            if want.nan_is_absent and _all_nan(value):
+                continue
             frame.labels[fidelity, prop] = _label(value, prop, spec, scale, frame)
         if want.frame_key is not None:
             name = info.get(want.frame_key)
@@ -174,6 +199,7 @@ def build(
         if frame.spin_multiplicity is not None and frame.spin_multiplicity < 1:
             raise BadFrameError(f"spin multiplicity {frame.spin_multiplicity}; it is 2S+1, so at least 1")
         frame.weight = _weight(info, want.weight_key)
+        frame.magnetic_moments = _moments(info, arrays, want.moments_key, frame.n_atoms)
     except BadFrameError as error:
         return RejectedFrame(file, index, str(error), want.source)
     return frame
@@ -190,6 +216,24 @@ def _weight(info: Mapping[str, Any], key: str | None) -> float:
     if not 0 <= weight < math.inf:
         raise BadFrameError(f"weight {value!r} under {key!r}; it is a finite number, 0 or more")
     return weight
+
+
+def _all_nan(value: Any) -> bool:
+    array = np.asarray(value)
+    return array.dtype.kind == "f" and array.size > 0 and bool(np.isnan(array).all())
+
+
+def _moments(info: Mapping[str, Any], arrays: Mapping[str, Any], key: str | None, n: int) -> np.ndarray | None:
+    """Return the collinear magnetic moments [n] in µB, or None where the frame has none."""
+    value = None if key is None else arrays.get(key, info.get(key))
+    if value is None:
+        return None
+    moments = numeric(value, f"magnetic moments ({key})")
+    if moments.size != n:
+        raise BadFrameError(
+            f"magnetic moments ({key}): expected one number an atom, [{n}], found {list(moments.shape)}"
+        )
+    return _finite(moments.reshape(n), f"magnetic moments ({key})")
 
 
 def _text(value: Any) -> str:
@@ -227,6 +271,12 @@ def _finite(values: np.ndarray, what: str) -> np.ndarray:
     return values
 
 
+def _cell(cell: np.ndarray) -> np.ndarray:
+    if _finite(cell, "the cell").size != 9 or np.abs(cell).max() > FARTHEST:
+        raise BadFrameError(f"the cell: {cell.tolist()}, expected 3×3 numbers up to {FARTHEST:g} Å")
+    return cell
+
+
 def _near(positions: np.ndarray) -> np.ndarray:
     """Positions beyond ``FARTHEST`` are damage or a wrong column: differences between them lose their digits."""
     if len(positions) and np.abs(positions).max() > FARTHEST:
@@ -256,6 +306,11 @@ def numeric(value: Any, what: str) -> np.ndarray:
 def _label(value: Any, prop: Property, spec: LabelSpec, scale: float, frame: Frame) -> np.ndarray:
     what = f"{prop} ({spec.key})"
     array = numeric(value, what)
+    largest = np.abs(array).max(initial=0)
+    if np.isfinite(largest) and abs(scale) * largest > LARGEST:
+        raise BadFrameError(
+            f"{what}: {largest:.3g}, beyond {LARGEST:g} {DEFAULT_UNITS[prop]}: damage, or another quantity"
+        )
     if prop == ENERGY:
         if array.size != 1:
             raise BadFrameError(f"{what}: expected one number, found shape {list(array.shape)}")

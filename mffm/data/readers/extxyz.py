@@ -1,19 +1,19 @@
 """Extended XYZ, read as a stream: ``n``, a line of ``key=value``, n lines of columns as ``Properties`` says.
 
 Only the columns and keys that are asked for become numbers, which makes it about an order of magnitude faster than
-ASE's reader (`tools/bench_store.py` measures both). A file may be gzipped.
+ASE's reader (`tools/bench_store.py` measures both). A file may be packed with gzip, bzip2 or xz.
 """
 
-import gzip
 import re
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 from ase.data import atomic_numbers
 
+from mffm.data.readers import plain
 from mffm.data.readers.chunk import CHUNK_FRAMES, Chunk, Parsed
 from mffm.data.readers.convert import BadFrameError, RejectedFrame, Wanted, build
 from mffm.errors import InputError
@@ -123,7 +123,7 @@ def parse_frame(n: int, comment: bytes, block: bytes, want: Wanted, file: str, i
         if kind is None:
             raise BadFrameError("Properties has no 'species'")
         numbers = np.array(_numbers(tokens[place[kind][0] :: width]), np.int64)
-        arrays = {name: _array(tokens, width, place[name], name) for name in want.forces_keys if name in place}
+        arrays = {name: _array(tokens, width, place[name], name) for name in want.array_keys if name in place}
         positions = _array(tokens, width, place["pos"], "pos")
         lattice = info.get("Lattice", info.get("lattice"))
         cell = None
@@ -140,13 +140,6 @@ def parse_frame(n: int, comment: bytes, block: bytes, want: Wanted, file: str, i
     return build(numbers, positions, cell, pbc, info, arrays, want, file, index)
 
 
-def _open(path: Path) -> BinaryIO:
-    try:
-        return gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb")  # type: ignore[return-value]
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror})") from error
-
-
 def chunks(path: Path, want: Wanted, start: int = 0, first: int = 0) -> Iterator[Chunk]:
     """Yield the text of ``CHUNK_FRAMES`` frames at a time.
 
@@ -155,7 +148,7 @@ def chunks(path: Path, want: Wanted, start: int = 0, first: int = 0) -> Iterator
     """
     del want
     index = first
-    with _open(path) as file:
+    with plain.open_binary(path) as file:
         try:
             if start:
                 file.seek(start)
@@ -187,7 +180,7 @@ def chunks(path: Path, want: Wanted, start: int = 0, first: int = 0) -> Iterator
                     frames = []
             if frames:
                 yield Chunk(str(path), index, len(frames), file.tell(), frames)
-        except (OSError, EOFError) as error:  # gzip reports damage as either
+        except plain.DAMAGED as error:
             raise InputError(f"{path}: cannot be read beyond frame {index} ({error})") from error
 
 
