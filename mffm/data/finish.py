@@ -64,7 +64,9 @@ def finish(
         staging.collect(workers.workers)
     staging.collect()
     written = [
-        _layer(staging, k, name, source, workers) for k, (name, source) in enumerate(layers) if state["layer_rows"][k]
+        _layer(staging, k, name, source, workers, progress)
+        for k, (name, source) in enumerate(layers)
+        if state["layer_rows"][k]
     ]
     parts = [folder / "staging" / f"geometry-{k:05d}.npz" for k in range(len(state["geometry"]))]
     contents = contents._replace(splits=state["split_names"], groups=staging.group_names())

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from concurrent.futures.process import BrokenProcessPool
 from difflib import get_close_matches
 from glob import glob
-from itertools import islice
+from itertools import accumulate, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -345,8 +345,8 @@ def _read_sources(
     if state["reading_done"]:
         return
     splitter = Splitter(config.splits, state["split_names"])
-    sizes = [w.path.stat().st_size for w in work]
-    meter = Meter(sum(sizes), progress)
+    before = [0, *accumulate(w.path.stat().st_size for w in work)]  # bytes before each file
+    meter = Meter(before[-1], progress)
     since_commit = 0
 
     def begin(k: int) -> None:
@@ -369,8 +369,7 @@ def _read_sources(
                 if since_commit >= COMMIT_FRAMES:
                     staging.commit()
                     since_commit = 0
-                done = sum(sizes[:k]) if work[k].reader != "extxyz" else sum(sizes[:k]) + chunk.next_position
-                meter.update(done, state)
+                meter.update(before[k] + (chunk.next_position if work[k].reader == "extxyz" else 0), state)
         begin(len(work) - 1)
         _end_source(staging, config, work, len(work))
     if state["n_rows"] == 0:
