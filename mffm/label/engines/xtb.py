@@ -70,7 +70,7 @@ def label(frame: Frame, method: str, spin_polarization: float | None = None) -> 
         return repeated(frame, method, repeats(extents(frame.cell), frame.n_atoms, MOST_REPEATED), spin_polarization)
     atoms = Atoms(frame.atomic_numbers, frame.positions)
     settings = {"charge": frame.charge or 0}
-    if frame.spin_multiplicity not in (None, 1):
+    if frame.spin_multiplicity is not None and frame.spin_multiplicity != 1:
         settings["multiplicity"] = frame.spin_multiplicity
     energy, forces, _ = _calculated(atoms, method, spin_polarization, **settings)
     return Label(energy, forces)
