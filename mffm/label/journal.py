@@ -78,7 +78,9 @@ class Record:
 
 def pack(record: Record, label: Label | None) -> bytes:
     """Return a record as it is written."""
-    values = {} if label is None else {ENERGY: label.energy, FORCES: label.forces, STRESS: label.stress}
+    values: dict[Property, Any] = {}
+    if label is not None:
+        values = {ENERGY: label.energy, FORCES: label.forces, STRESS: label.stress}
     has = [prop for prop in PROPERTIES if values.get(prop) is not None]
     data = b"".join(np.ascontiguousarray(values[prop], "<f8").tobytes() for prop in has)
     text = json.dumps({**asdict(record), "has": has}).encode()

@@ -1,5 +1,7 @@
 """GFN1- and GFN2-xTB through tblite."""
 
+from typing import Any
+
 import numpy as np
 from ase import Atoms
 from ase.stress import voigt_6_to_full_3x3_stress
@@ -69,8 +71,8 @@ def label(frame: Frame, method: str, spin_polarization: float | None = None) -> 
     if frame.pbc.any():
         return repeated(frame, method, repeats(extents(frame.cell), frame.n_atoms, MOST_REPEATED), spin_polarization)
     atoms = Atoms(frame.atomic_numbers, frame.positions)
-    settings = {"charge": frame.charge or 0}
-    if frame.spin_multiplicity not in (None, 1):
+    settings: dict[str, Any] = {"charge": frame.charge or 0}
+    if frame.spin_multiplicity is not None and frame.spin_multiplicity != 1:
         settings["multiplicity"] = frame.spin_multiplicity
     energy, forces, _ = _calculated(atoms, method, spin_polarization, **settings)
     return Label(energy, forces)
@@ -90,7 +92,7 @@ def repeated(frame: Frame, method: str, n: np.ndarray, spin_polarization: float 
 
 
 def _calculated(
-    atoms: Atoms, method: str, spin_polarization: float | None, **settings: int
+    atoms: Atoms, method: str, spin_polarization: float | None, **settings: Any
 ) -> tuple[float, np.ndarray, np.ndarray | None]:
     from tblite.ase import TBLite
     from tblite.exceptions import TBLiteRuntimeError

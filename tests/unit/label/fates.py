@@ -28,7 +28,7 @@ class Fates(LennardJones):
         if fate == SLOW:
             time.sleep(60)
         if fate == HUNGRY:
-            held = np.ones(60_000_000)  # 480 MB
+            held = np.ones(50_000_000)  # 400 MB
             time.sleep(60)
             del held
         if fate == RAISES:

@@ -40,31 +40,31 @@ def records_of(path: Path) -> list[dict[str, Any]]:
 
 
 def test_whatever_a_code_does_costs_one_structure(labelled: Labelled, tmp_path: Path) -> None:
-    fates = [2, DIES, SLOW, HUNGRY, UNCONVERGED, NAN, RAISES, 2]
+    fates = [2, DIES, SLOW, UNCONVERGED, NAN, RAISES, 2]
     frames = [dimer(z, 1.1 + 0.1 * i, molecule="x", energy=-5.0) for i, z in enumerate(fates)]
     frames[0].positions[1, 2] = 0.1  # overlapping atoms
     write(tmp_path / "in.extxyz", frames)
     out = tmp_path / "out.extxyz"
-    done = labelled(tmp_path / "in.extxyz", FATES, out, "lj", workers=2, limits=Limits(15.0, 0.5))
-    assert done.failures == {"input": 1, "lost": 1, "resource": 2, "convergence": 2, "unknown": 1}
+    done = labelled(tmp_path / "in.extxyz", FATES, out, "lj", workers=2, limits=Limits(5.0))
+    assert done.failures == {"input": 1, "lost": 1, "resource": 1, "convergence": 2, "unknown": 1}
     found = read(out, ":")
-    assert [frame.info["frame_id"] for frame in found] == [f"in-{i:05d}" for i in range(8)]
-    assert ["energy_lj" in frame.info for frame in found] == [False] * 7 + [True]
-    assert ["forces_lj" in frame.arrays for frame in found] == [False] * 7 + [True]
+    assert [frame.info["frame_id"] for frame in found] == [f"in-{i:05d}" for i in range(7)]
+    assert ["energy_lj" in frame.info for frame in found] == [False] * 6 + [True]
+    assert ["forces_lj" in frame.arrays for frame in found] == [False] * 6 + [True]
     assert all(frame.info["molecule"] == "x" and frame.get_potential_energy() == -5.0 for frame in found)
     reasons = [frame.info.get("label_error_lj", "") for frame in found]
     for reason, expected in zip(
         reasons,
-        ("input: atoms 0 and 1", "lost: the worker process ended: exit code 9", "resource: not done after 15 s",
-         "resource: used 0.", "convergence: NotConverged: Fates says", "convergence: NotConverged: the energy",
+        ("input: atoms 0 and 1", "lost: the worker process ended: exit code 9", "resource: not done after 5 s",
+         "convergence: NotConverged: Fates says", "convergence: NotConverged: the energy",
          "unknown: RuntimeError: a fault of the code", ""),
         strict=True,
     ):  # fmt: skip
         assert reason.startswith(expected) or expected in reason, reason
     records = records_of(tmp_path / "out.records.jsonl")
-    attempts = {i: sorted(r["attempt"] for r in records if r["index"] == i) for i in range(8)}
-    assert attempts == {0: [1], 1: [1, 2], 2: [1], 3: [1], 4: [1], 5: [1], 6: [1, 2], 7: [1]}
-    good = next(r for r in records if r["index"] == 7)
+    attempts = {i: sorted(r["attempt"] for r in records if r["index"] == i) for i in range(7)}
+    assert attempts == {0: [1], 1: [1, 2], 2: [1], 3: [1], 4: [1], 5: [1, 2], 6: [1]}
+    good = next(r for r in records if r["index"] == 6)
     assert good["cpu_ns"] > 0
     assert good["wall_ns"] > 0
     assert good["converged"]
@@ -73,6 +73,17 @@ def test_whatever_a_code_does_costs_one_structure(labelled: Labelled, tmp_path: 
     data = yaml.safe_load((tmp_path / "out.yaml").read_text())
     assert data["sources"][0]["labels"] == {"lj": {"energy": "energy_lj", "forces": "forces_lj"}}
     assert "epsilon" in data["fidelities"]["lj"]["settings"]
+
+
+def test_a_structure_that_takes_too_much_memory_is_ended(labelled: Labelled, tmp_path: Path) -> None:
+    write(tmp_path / "in.extxyz", [dimer(HUNGRY), dimer(2)])
+    out = tmp_path / "out.extxyz"
+    done = labelled(tmp_path / "in.extxyz", FATES, out, "lj", limits=Limits(None, 0.4))
+    assert (done.n_labels, done.failures) == (1, {"resource": 1})
+    assert "label_error_lj" in read(out, 0).info
+    assert "(--memory-limit)" in done.examples[0][1]
+    (record,) = (r for r in records_of(tmp_path / "out.records.jsonl") if r["index"] == 0)
+    assert record["limit"] == {"gigabytes": 0.4}
 
 
 def test_what_comes_out_goes_into_a_store(labelled: Labelled, tmp_path: Path) -> None:

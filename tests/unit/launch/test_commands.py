@@ -130,7 +130,7 @@ def test_the_task_of_a_part_labels_what_it_has_left(tmp_path: Path) -> None:
     assert [job.name for job in made] == ["part-00000", "part-00001"]
     assert sorted(np.concatenate([np.load(task.part_path(work.folder, k)) for k in (0, 1)])) == list(range(7))
     for left in (4, 0):
-        done = subprocess.run(made[0].command, capture_output=True, text=True, timeout=100)
+        done = subprocess.run(made[0].command, capture_output=True, text=True, timeout=280)
         assert done.returncode == 0, done.stderr
         assert f"part 0: {left} structures to label with 1 workers" in done.stdout
     assert len(work.ledger().labelled) == 4
