@@ -10,7 +10,6 @@
 Without anything labelled the first pick is the point farthest from the mean; of ``weighted`` the largest weight.
 """
 
-from collections.abc import Iterator
 from typing import Protocol
 
 import numpy as np
@@ -109,7 +108,8 @@ class MaxDet:
     """D-optimality of rows [x, 1], in float64 by rank-one updates.
 
     The first picks take gains of 1/λ out of numbers of order 1 (errors of 1e-5 at λ = 1e-6): all is computed anew
-    after as many picks as there are features, which is O(n d) a pick too.
+    after as many picks as there are features, which is O(n d) a pick too. The rows are kept in float64, 1 GB for a
+    million of 128: casting them block by block took six times as long a pick.
 
     Attributes:
         ridge: λ, ``RELATIVE_RIDGE`` times the mean square of a feature of a candidate.
@@ -117,12 +117,14 @@ class MaxDet:
     """
 
     def __init__(self, x: np.ndarray, labelled: np.ndarray):
-        self._x = x
+        self._rows = np.concatenate([x.astype(np.float64), np.ones((len(x), 1))], 1)
         width = x.shape[1] + 1
         self.ridge = RELATIVE_RIDGE * (float(np.mean(np.square(x, dtype=np.float64))) * (width - 1) + 1) / width
         self._matrix = self.ridge * np.eye(width)
-        for block in _blocks(labelled):
-            self._matrix += block.T @ block
+        for first in range(0, len(labelled), BLOCK):
+            part = labelled[first : first + BLOCK].astype(np.float64)
+            rows = np.concatenate([part, np.ones((len(part), 1))], 1)
+            self._matrix += rows.T @ rows
         self._n_updates = 0
         self._compute()
 
@@ -131,7 +133,7 @@ class MaxDet:
         return np.log1p(np.maximum(self.variances, 0))
 
     def add(self, chosen: int) -> None:
-        row = np.append(self._x[chosen].astype(np.float64), 1.0)
+        row = self._rows[chosen]
         self._matrix += np.outer(row, row)
         self._n_updates += 1
         if self._n_updates % len(row) == 0:
@@ -139,13 +141,13 @@ class MaxDet:
             return
         solved = self._inverse @ row
         denominator = 1 + float(row @ solved)
-        products = np.concatenate([f @ solved for f in _blocks(self._x)])
-        self.variances -= np.square(products) / denominator
+        self.variances -= np.square(self._rows @ solved) / denominator
         self._inverse -= np.outer(solved, solved) / denominator
 
     def _compute(self) -> None:
         self._inverse = np.linalg.inv(self._matrix)
-        self.variances = np.concatenate([np.einsum("ij,ij->i", f @ self._inverse, f) for f in _blocks(self._x)])
+        blocks = (self._rows[first : first + BLOCK] for first in range(0, len(self._rows), BLOCK))
+        self.variances = np.concatenate([np.einsum("ij,ij->i", f @ self._inverse, f) for f in blocks])
 
 
 def nearest(x: np.ndarray, centres: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -166,10 +168,3 @@ def nearest(x: np.ndarray, centres: np.ndarray) -> tuple[np.ndarray, np.ndarray]
             squared[rows] = np.where(nearer, least, squared[rows])
             index[rows] = np.where(nearer, at + start, index[rows])
     return squared, index
-
-
-def _blocks(x: np.ndarray) -> Iterator[np.ndarray]:
-    """Yield rows [x, 1] in float64, block by block, without a copy of the whole."""
-    for first in range(0, len(x), BLOCK):
-        part = x[first : first + BLOCK].astype(np.float64)
-        yield np.concatenate([part, np.ones((len(part), 1))], 1)
