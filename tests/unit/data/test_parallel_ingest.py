@@ -109,8 +109,11 @@ def test_what_was_read_and_then_lost_is_an_error(two_files, tmp_path, monkeypatc
 def started(folder: Path, config, workers: int) -> subprocess.Popen:
     (folder / "data.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
     code = (
-        "import sys; from mffm.cli import main; import mffm.data.ingest as m; m.COMMIT_FRAMES = 64; sys.argv[1:] = "
-        f"['ingest', {str(folder / 'data.yaml')!r}, '--workers', '{workers}']; main()"
+        "import sys, yaml; from pathlib import Path; from mffm.config.data import DataConfig\n"
+        "import mffm.data.ingest as m; m.COMMIT_FRAMES = 64\n"
+        f"folder = Path({str(folder)!r})\n"
+        "config = DataConfig.model_validate(yaml.safe_load((folder / 'data.yaml').read_text()))\n"
+        f"m.ingest(config.model_copy(update=dict(workers={workers})), folder, progress=False)"
     )
     return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
