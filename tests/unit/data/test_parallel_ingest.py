@@ -109,52 +109,59 @@ def test_what_was_read_and_then_lost_is_an_error(two_files, tmp_path, monkeypatc
 def started(folder: Path, config, workers: int) -> subprocess.Popen:
     (folder / "data.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
     code = (
-        "import sys; from mffm.cli import main; import mffm.data.ingest as m; m.COMMIT_FRAMES = 64; sys.argv[1:] = "
-        f"['ingest', {str(folder / 'data.yaml')!r}, '--workers', '{workers}']; main()"
+        "import sys, yaml; from pathlib import Path; from mffm.config.data import DataConfig\n"
+        "import mffm.data.ingest as m; m.COMMIT_FRAMES = 64\n"
+        f"folder = Path({str(folder)!r})\n"
+        "config = DataConfig.model_validate(yaml.safe_load((folder / 'data.yaml').read_text()))\n"
+        f"m.ingest(config.model_copy(update=dict(workers={workers})), folder, progress=False)"
     )
     return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
-def killed_at_random(config, folder: Path, workers: int, seed: int, longest: float) -> bool:
-    """Start an ingest, kill it at a random moment of its work; return whether it was still at it."""
+def killed_at_random(config, folder: Path, workers: int, seed: int, n_files: int) -> bool:
+    """Start an ingest, kill it at a random moment of its work; return whether it was still at it.
+
+    The moment is when it has written a random share of its files, and up to 20 ms later: starting processes and the
+    report take longer than the work itself, which a moment drawn by the clock would seldom meet.
+    """
     process = started(folder, config, workers)
-    while not (Path(config.store) / "staging.lmdb").exists() and process.poll() is None:
-        time.sleep(0.002)
-    time.sleep(random.Random(seed).uniform(0, longest))
+    rng = random.Random(seed)
+    most = rng.randint(2, n_files)
+    store = Path(config.store)
+    while process.poll() is None and count_files(store) < most:
+        time.sleep(0.001)
+    time.sleep(rng.uniform(0, 0.02))
     hit = process.poll() is None
     process.send_signal(signal.SIGKILL)
     process.wait()
     return hit
 
 
+def count_files(folder: Path) -> int:
+    return sum(len(files) for _, _, files in os.walk(folder))
+
+
 @pytest.fixture
 def undisturbed(two_files, tmp_path):
-    """The fingerprint of an ingest that nothing disturbed, and how long the command took after its start."""
-    config = two_files.model_copy(update={"store": str(tmp_path / "undisturbed")})
-    process = started(tmp_path, config, 1)
-    while not (Path(config.store) / "staging.lmdb").exists():
-        time.sleep(0.002)
-    begun = time.monotonic()
-    assert process.wait(timeout=200) == 0
-    return Store(config.store).fingerprint, time.monotonic() - begun
+    """The fingerprint of an ingest that nothing disturbed, and how many files it has."""
+    report = ingest(two_files, tmp_path, tmp_path / "undisturbed", progress=False)
+    return report.fingerprint, count_files(tmp_path / "undisturbed")
 
 
 def check_killed(two_files, tmp_path, undisturbed, seeds) -> None:
-    fingerprint, seconds = undisturbed
+    fingerprint, n_files = undisturbed
     hits = 0
     for seed in seeds:
         workers = 1 + seed % 2
         config = two_files.model_copy(update={"store": str(tmp_path / f"killed-{seed}"), "workers": workers})
-        # With two processes the work begins when they have been started, which takes as long as the first one's start.
-        hits += killed_at_random(config, tmp_path, workers, seed, seconds * workers)
+        hits += killed_at_random(config, tmp_path, workers, seed, n_files)
         report = ingest(config, tmp_path, progress=False)
         assert report.fingerprint == fingerprint, f"seed {seed}"
         assert (report.n_frames, report.n_merged, report.n_rejected) == (500, 475, 25)
         Store(config.store).verify()
         left = [p.name for p in Path(config.store).rglob("*") if "staging" in p.name or p.suffix in (".tmp", ".part")]
         assert left == []
-    print(f"{hits} of {len(seeds)} kills came before the end")
-    assert hits >= len(seeds) // 2
+    assert hits >= len(seeds) // 2, f"{hits} of {len(seeds)} kills came before the end"
 
 
 def test_killed_at_random_moments(two_files, tmp_path, undisturbed):
