@@ -327,15 +327,19 @@ def histograms(path: Path, panels: Sequence[tuple[str, Mapping[str, np.ndarray],
             several names. Values of a logarithmic axis are positive.
     """
     plt = _pyplot()
-    figure, axes = plt.subplots(1, len(panels), figsize=(4.6 * len(panels), 3.1), squeeze=False, layout="constrained")
+    beside = any(len(entries) > len(COLORS) for _, entries, _ in panels)  # a legend of many names hides the lines
+    size = ((6.0 if beside else 4.6) * len(panels), 3.1)
+    figure, axes = plt.subplots(1, len(panels), figsize=size, squeeze=False, layout="constrained")
     for axis, (xlabel, entries, logarithmic) in zip(axes[0], panels, strict=True):
         low = min(float(values.min()) for values in entries.values())
         high = max(float(values.max()) for values in entries.values())
         if high <= low:
             low, high = (low / 1.1, high * 1.1) if logarithmic else (low - 0.5, high + 0.5)
         edges = np.geomspace(low, high, 61) if logarithmic else np.linspace(low, high, 61)
-        for (name, values), color in zip(entries.items(), COLORS * len(entries), strict=False):
-            axis.hist(np.clip(values, low, high), edges, histtype="step", linewidth=1.2, color=color, label=name)
+        for k, (name, values) in enumerate(entries.items()):
+            style = {"color": COLORS[k % len(COLORS)], "linestyle": ("-", "--", ":")[k // len(COLORS) % 3]}
+            counts, _ = np.histogram(np.clip(values, low, high), edges)
+            axis.stairs(counts, edges, baseline=None, linewidth=1.2, label=name, **style)
         if logarithmic:
             axis.set_xscale("log")
             if high < 1e3 * low:
@@ -345,7 +349,9 @@ def histograms(path: Path, panels: Sequence[tuple[str, Mapping[str, np.ndarray],
         axis.set_xlabel(xlabel)
         axis.set_ylabel(ylabel)
         if len(entries) > 1:
-            axis.legend(frameon=False, fontsize=8)
+            axis.legend(
+                frameon=False, fontsize=8, **({"bbox_to_anchor": (1, 1), "loc": "upper left"} if beside else {})
+            )
     figure.savefig(path)
     plt.close(figure)
 

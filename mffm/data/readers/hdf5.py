@@ -82,6 +82,8 @@ def _walk(group: Any, parts: list[str], numbers: Any, want: Wanted, spec: Hdf5Sp
         member = group.get(name)
         if isinstance(member, h5py.Dataset) and member.nbytes > _MOST_PACKED * group.file.id.get_filesize():
             raise InputError(f"{group.file.filename}: {member.name}: shape {list(member.shape)}; the file is damaged")
+        if member is None and isinstance(group.get(name, getlink=True), h5py.HardLink):
+            raise InputError(f"{group.file.filename}: {'/'.join([*parts, name])}: not readable; the file is damaged")
         if member is None:
             yield Unreadable(f"{'/'.join([*parts, name])}: a link to something that is not in the file")
         else:
@@ -136,7 +138,7 @@ def _molecule(
     if every is None or fault:
         yield from [Unreadable(f"{place}: {fault}")] * max(n_frames, n_energies)
         return
-    about = {"group": place} | {f"group_{k}": part for k, part in enumerate(parts)}
+    about: dict[str, Any] = {"group": place} | {f"group_{k}": part for k, part in enumerate(parts)}
     values = {name: d for name, d in datasets.items() if d is not positions and want.takes(name)}
     about |= {name: None for name in datasets if name not in values and name != key}
     if "smiles" in datasets:

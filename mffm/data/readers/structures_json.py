@@ -289,7 +289,8 @@ def _positions(sites: list[Any], cell: np.ndarray | None) -> np.ndarray:
         if cartesian is None:
             raise ValueError("sites have no xyz")
         return cartesian.reshape(-1, 3)
-    fractional = np.array([site["abc"] for site in sites], np.float64).reshape(-1, 3) @ cell
+    with np.errstate(over="ignore", invalid="ignore"):  # what overflows is rejected with its value
+        fractional = np.array([site["abc"] for site in sites], np.float64).reshape(-1, 3) @ cell
     if cartesian is not None and not np.allclose(cartesian, fractional, rtol=0, atol=_SAME, equal_nan=True):
         raise ValueError(f"xyz and abc of its sites differ by {np.abs(cartesian - fractional).max():.3g} Å")
     return fractional

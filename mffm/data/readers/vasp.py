@@ -109,7 +109,9 @@ def _step(element: Any, numbers: np.ndarray | None, electronic: int, n: int) -> 
     if stress is not None:
         info["stress"] = stress
     info |= {"step": n, "n_electronic": n_electronic}
-    return Plain(numbers, fractional @ cell, cell, np.ones(3, bool), info, {} if forces is None else {"forces": forces})
+    with np.errstate(over="ignore", invalid="ignore"):  # what overflows is rejected with its value
+        positions = fractional @ cell
+    return Plain(numbers, positions, cell, np.ones(3, bool), info, {} if forces is None else {"forces": forces})
 
 
 def _energy(element: Any, name: str) -> float | None:

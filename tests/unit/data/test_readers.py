@@ -1,6 +1,8 @@
 """Readers: units, Voigt order, signs, what a bad frame and a bad file say."""
 
+import bz2
 import gzip
+import lzma
 import os
 from pathlib import Path
 
@@ -171,6 +173,52 @@ def test_gzip_is_read(tmp_path, write_frames, structures):
     assert [f.positions.tolist() for f in read(packed, spec())] == [f.positions.tolist() for f in read(path, spec())]
 
 
+@pytest.mark.parametrize(("suffix", "pack"), [(".gz", gzip.compress), (".bz2", bz2.compress), (".xz", lzma.compress)])
+def test_packed_files_that_are_damaged(tmp_path, write_frames, structures, suffix, pack):
+    whole = pack(write_frames("a.extxyz", [structures.crystal() for _ in range(60)]).read_bytes())
+    packed = tmp_path / f"b.extxyz{suffix}"
+    packed.write_bytes(whole)
+    assert reader_name(packed) == "extxyz"
+    assert len(list(read(packed, spec()))) == 60
+    middle = len(whole) // 2
+    for damaged in (whole[:-20], whole[:middle] + bytes(40) + whole[middle + 40 :]):
+        packed.write_bytes(damaged)
+        with pytest.raises(InputError, match=r"cannot be read beyond frame|expected the number of atoms"):
+            list(read(packed, spec()))
+
+
+def test_magnetic_moments(write_frames, structures):
+    moments = np.array([[3.1], [0.0], [-0.1], [0.2]])
+    first = structures.crystal() | {"m": moments, "columns": ("forces", "m")}
+    wrong = structures.crystal() | {"m": np.zeros((4, 3)), "columns": ("forces", "m")}
+    a, b, c = read(write_frames("a.extxyz", [first, structures.crystal(), wrong]), spec(magnetic_moments_key="m"))
+    assert a.magnetic_moments.tolist() == moments.ravel().tolist()
+    assert b.magnetic_moments is None
+    assert "magnetic moments (m): expected one number an atom, [4], found [4, 3]" in c.reason
+
+
+def test_a_charge_in_the_data_of_a_row_is_kept(tmp_path):
+    """``AtomsRow.charge`` is 0.0 where the row has none; it must not hide the one that a set gives."""
+    with connect(tmp_path / "a.db") as database:
+        database.write(atoms_with_results(), data={"charge": -2, "spin": 3})
+    frame = one(tmp_path / "a.db", spec(charge_key="charge", spin_multiplicity_key="spin"))
+    assert (frame.charge, frame.spin_multiplicity) == (-2, 3)
+
+
+def test_an_aselmdb_that_was_cut_is_an_error(tmp_path):
+    """LMDB would end the process: it maps what the header says is there."""
+    pytest.importorskip("ase_db_backends")
+    path = tmp_path / "a.aselmdb"
+    with connect(str(path), type="aselmdb") as database:
+        for _ in range(40):
+            database.write(atoms_with_results())
+    whole = path.read_bytes()
+    for damaged in (whole[: len(whole) // 2], whole[:9000] + whole[9013:], b"text"):
+        path.write_bytes(damaged)
+        with pytest.raises(InputError, match="damaged or cut short: LMDB cannot read it"):
+            list(read(path, spec()))
+
+
 def test_a_key_missing_in_some_frames_is_an_absent_label(write_frames, structures):
     full = structures.crystal()
     bare = {k: v for k, v in structures.crystal().items() if k not in ("energy", "stress")}
@@ -198,6 +246,9 @@ def test_a_key_missing_in_some_frames_is_an_absent_label(write_frames, structure
         ({"positions": np.full((4, 3), np.nan)}, "positions"),
         ({"positions": 1e12 * np.eye(4, 3)}, r"positions: 1e\+12 Å at \[0, 0\], farther than"),
         ({"energy": "-inf"}, r"^energy \(energy\): -inf$"),
+        ({"energy": "1e13"}, r"^energy \(energy\): 1e\+13, beyond 1e\+12 eV: damage"),
+        ({"forces": np.full((4, 3), -1e300)}, r"^forces \(forces\): 1e\+300, beyond"),
+        ({"cell": 2e6 * np.eye(3)}, r"^the cell: .*expected 3×3 numbers up to 1e\+06 Å"),
         ({"cell": np.zeros((3, 3))}, r"no cell volume, pbc \[True, True, True\]; give it a cell"),
     ],
 )

@@ -254,6 +254,7 @@ def in_children(cases: list[Callable[[], tuple[dict[str, Any], Path]]], log: Pat
         log.unlink(missing_ok=True)
         pid = os.fork()
         if pid == 0:
+            signal.signal(signal.SIGALRM, signal.SIG_DFL)  # pytest-timeout's would print and go on
             with log.open("ab") as file:
                 for case in cases[len(outcomes) :]:
                     signal.alarm(SECONDS)
@@ -326,6 +327,7 @@ def run(numbers: range, layouts: Any, data_yaml: Any, tmp_path: Path) -> None:
     assert 0.1 < refused < 0.9, "the mutations do not reach the files, or only destroy them"
 
 
+@pytest.mark.timeout(1200)
 def test_fuzz(layouts: Any, data_yaml: Any, tmp_path: Path) -> None:
     run(range(200), layouts, data_yaml, tmp_path)
 

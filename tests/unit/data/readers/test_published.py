@@ -114,6 +114,20 @@ def test_mptrj_reads_raw_energies_and_the_corrected_ones_by_one_key(
     assert found.group_names[found.group[4]] == "mp-1"
 
 
+def test_moments_stay_with_a_structure_whose_name_is_taken(layouts: Any, data_yaml: Any, tmp_path: Path) -> None:
+    for folder, seed in (("set", 0), ("other", 5)):
+        (tmp_path / folder).mkdir()
+        layouts["mptrj"].write(tmp_path / folder, layouts["mptrj"].make(3, seed))
+    content = data_yaml("mptrj", tmp_path)
+    content["sources"].append({"name": "other", "preset": "mptrj", "path": str(tmp_path / "other")})
+    ingest(validate(DataConfig, content, "mptrj"), tmp_path, progress=False)
+    store = Store(tmp_path / "store")
+    assert [store.frame_id(row) for row in range(6)][2::3] == ["mp-0-0-2", "other/mp-0-0-2"]
+    expected = [layouts["mptrj"].make(3, seed)[2].moments for seed in (0, 5)]
+    for row, moments in zip((2, 5), expected, strict=True):
+        np.testing.assert_allclose(store.frame(row).magnetic_moments, moments, atol=1e-6)
+
+
 @pytest.mark.parametrize("name", ["mptrj", "deepmd-npy"])
 def test_a_file_beside_the_named_one_decides_the_store_too(
     name: str, layouts: Any, data_yaml: Any, tmp_path: Path
