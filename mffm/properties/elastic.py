@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from ase import Atoms, units
@@ -68,6 +68,7 @@ def elastic(
     steps: int = 500,
     normal: Sequence[float] = AMOUNTS,
     shear: Sequence[float] = AMOUNTS,
+    shape: Literal["symmetric", "upper"] = "symmetric",
     each: Callable[[int, int], None] = lambda done, of: None,
 ) -> Elastic:
     """Return the elastic tensor from strained cells: each of the six strains alone, by several amounts.
@@ -76,6 +77,7 @@ def elastic(
         atoms: at its minimum, with a calculator that gives stresses.
         relaxed: relax the atoms in each cell to ``fmax`` eV/Å; otherwise they move with the cell.
         normal, shear: amounts of the strains.
+        shape: of the deformation that makes a strain; one is the other rotated.
         each: called with the number of cells that are done, and of all.
 
     Raises:
@@ -94,7 +96,7 @@ def elastic(
     strains += [Strain.from_index_amount(ij, amount) for ij in ((0, 1), (0, 2), (1, 2)) for amount in shear]
     stresses, n_not_relaxed = [], 0
     for done, strain in enumerate(strains):
-        deformation = np.asarray(strain.get_deformation_matrix(shape="symmetric"))
+        deformation = np.asarray(strain.get_deformation_matrix(shape=shape))
         cell = atoms.copy()
         cell.set_cell(atoms.cell.array @ deformation.T, scale_atoms=True)
         cell.calc = atoms.calc

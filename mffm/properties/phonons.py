@@ -92,18 +92,7 @@ def phonons(
         warnings.simplefilter("ignore")  # of "auto", which phonopy 3 did not have as default
         work: Any = Phonopy(unit_cell, supercell_matrix=np.diag(repeats), primitive_matrix="auto")
     work.generate_displacements(distance=displacement)
-    cells = [cell for cell in work.supercells_with_displacements if cell is not None]
-    forces = []
-    for done, cell in enumerate(cells):
-        displaced = Atoms(cell.symbols, scaled_positions=cell.scaled_positions, cell=cell.cell, pbc=True)
-        displaced.info = dict(atoms.info)
-        displaced.calc = atoms.calc
-        found = displaced.get_forces()
-        forces.append(found - found.mean(axis=0))  # the drift that rounding leaves
-        each(done + 1, len(cells))
-    work.forces = np.array(forces)
-    work.produce_force_constants()
-    work.symmetrize_force_constants()
+    n_displacements = find_force_constants(work, atoms, each)
     work.run_mesh(mesh)
     frequencies = work.get_mesh_dict()["frequencies"]
     work.run_total_dos()
@@ -115,7 +104,7 @@ def phonons(
         formula=atoms.get_chemical_formula(),
         phonopy=work,
         supercell=repeats,
-        n_displacements=len(cells),
+        n_displacements=n_displacements,
         lowest=float(min(frequencies.min(), *(f.min() for _, f in branches))),
         highest=float(frequencies.max()),
         branches=branches,
@@ -128,6 +117,27 @@ def phonons(
             "heat_capacity_ev_per_k": heat["heat_capacity"] * 1e-3 * KJ_PER_MOL,
         },
     )
+
+
+def find_force_constants(work: Any, atoms: Atoms, each: Callable[[int, int], None] = lambda done, of: None) -> int:
+    """Give a phonopy object with displacements its force constants, symmetrised; return how many supercells it took.
+
+    Args:
+        atoms: whose calculator, charge and spin the supercells get.
+    """
+    cells = [cell for cell in work.supercells_with_displacements or () if cell is not None]
+    forces = []
+    for done, cell in enumerate(cells):
+        displaced = Atoms(cell.symbols, scaled_positions=cell.scaled_positions, cell=cell.cell, pbc=True)
+        displaced.info = dict(atoms.info)
+        displaced.calc = atoms.calc
+        found = displaced.get_forces()
+        forces.append(found - found.mean(axis=0))  # the drift that rounding leaves
+        each(done + 1, len(cells))
+    work.forces = np.array(forces)
+    work.produce_force_constants()
+    work.symmetrize_force_constants()
+    return len(cells)
 
 
 def _path(work: Any, points: int = 40) -> tuple[list[tuple[np.ndarray, np.ndarray]], list[tuple[float, str]]]:

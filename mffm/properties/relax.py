@@ -1,6 +1,6 @@
 """Relaxations: ASE's optimizers and cell filters."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,6 +9,7 @@ import numpy as np
 from ase import Atoms, units
 from ase.calculators.calculator import all_properties
 from ase.calculators.singlepoint import SinglePointCalculator
+from ase.constraints import FixSymmetry
 from ase.filters import FrechetCellFilter
 from ase.optimize import FIRE, LBFGS
 from ase.optimize.optimize import Optimizer
@@ -22,6 +23,10 @@ OPTIMIZERS: dict[str, type[Optimizer]] = {"lbfgs": LBFGS, "fire": FIRE}
 CELLS: dict[str, dict[str, bool] | None] = {
     "fixed": None, "full": {}, "volume": {"hydrostatic_strain": True}, "shape": {"constant_volume": True}
 }  # fmt: skip
+
+
+class Diverged(InputError, FloatingPointError):
+    """A relaxation whose forces are beyond reason: bad input to a user, a failed structure to a benchmark."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +72,9 @@ def relax(
     fmax: float = 0.01,
     steps: int = 500,
     pressure: float = 0.0,
+    symprec: float | None = None,
+    strains: Sequence[bool] | None = None,
+    largest_force: float = np.inf,
     each_step: Callable[[int], None] = lambda n: None,
 ) -> Relaxation:
     """Relax a copy of a structure with its calculator.
@@ -76,9 +84,13 @@ def relax(
         optimizer: a key of ``OPTIMIZERS``. cell: a key of ``CELLS``.
         fmax: eV/Å; converged where no force is longer.
         pressure: GPa, of a cell that is relaxed.
+        symprec: keep the space group found at this tolerance, Å; None: no constraint.
+        strains: [6] which of ASE's Voigt strains of a cell that is relaxed are free; None: all.
+        largest_force: eV/Å; a component beyond it gives the relaxation up.
 
     Raises:
         InputError: an unknown name, a cell without volume, a pressure on a fixed cell; what the calculator raises.
+        Diverged: a force that is not finite, or beyond ``largest_force``.
     """
     if optimizer not in OPTIMIZERS:
         raise InputError(f"optimizer {optimizer!r}: known are {known(OPTIMIZERS)}")
@@ -86,11 +98,14 @@ def relax(
         raise InputError(f"cell {cell!r}: known are {known(CELLS)}")
     moving = atoms.copy()
     moving.calc = atoms.calc
+    if symprec is not None:
+        moving.set_constraint(FixSymmetry(moving, symprec=symprec))
     filtered: Any = moving
     arguments = CELLS[cell]
     if arguments is not None:
         require_volume(moving, f"relaxing the cell ({cell})")
-        filtered = FrechetCellFilter(moving, scalar_pressure=pressure * units.GPa, **arguments)
+        free = {} if strains is None else {"mask": list(strains)}
+        filtered = FrechetCellFilter(moving, scalar_pressure=pressure * units.GPa, **arguments, **free)
     elif pressure:
         raise InputError(f"pressure {pressure:g} GPa on a fixed cell; relax it: cell full or volume")
     volume = moving.cell.volume
@@ -99,6 +114,12 @@ def relax(
     work = OPTIMIZERS[optimizer](filtered, logfile=None)
 
     def record() -> None:
+        force = float(np.abs(moving.get_forces(apply_constraint=False)).max())
+        if not force <= largest_force or not np.isfinite(force):
+            raise Diverged(
+                f"force {force:g} eV/Å after {len(energies)} steps of relaxing {moving.get_chemical_formula()}; start "
+                "nearer to a minimum, or compare with structures that the potential knows"
+            )
         energies.append(float(moving.get_potential_energy()))
         max_forces.append(float(np.linalg.norm(np.asarray(filtered.get_forces()).reshape(-1, 3), axis=1).max()))
         each_step(len(energies) - 1)

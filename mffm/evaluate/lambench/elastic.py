@@ -22,10 +22,11 @@ from ase.units import GPa
 
 from mffm.evaluate.benchmark.task import LAMBENCH, DataFile, Options, Score, mean_absolute
 from mffm.evaluate.relaxation import relax
+from mffm.properties.elastic import elastic
 
 FMAX, STEPS = 1e-3, 500
 NORMAL, SHEAR = np.linspace(-0.01, 0.01, 4).tolist(), np.linspace(-0.06, 0.06, 4).tolist()
-ZERO = 1e-7  # eV/Å³; elastic constants below are taken for zero
+ZERO = 1e-7 / GPa  # GPa; elastic constants below are taken for zero
 LARGEST_MODULUS = 1000.0  # GPa, twice diamond's: reported, and counted as the suite does
 N_OF_SUITE = 1181
 
@@ -39,34 +40,12 @@ class Crystal(NamedTuple):
 
 
 def moduli(atoms: Atoms) -> tuple[float, float]:
-    """Return shear and bulk modulus in GPa of a relaxed crystal with its calculator, as the protocol has them.
+    """Return shear and bulk modulus in GPa of a relaxed crystal with its calculator, as the protocol has them."""
+    from pymatgen.analysis.elasticity import ElasticTensor
 
-    Strains are Green-Lagrange's; each component of stress is fitted against the one strained component.
-    """
-    from pymatgen.analysis.elasticity import DeformedStructureSet, ElasticTensor, Strain
-    from pymatgen.io.ase import AseAtomsAdaptor
-
-    plain = Atoms(atoms.symbols, atoms.positions, cell=atoms.cell, pbc=True)
-    deformed = DeformedStructureSet(AseAtomsAdaptor.get_structure(plain), NORMAL, SHEAR)
-    relaxed = atoms.get_stress(voigt=False, apply_constraint=False)
-    points: list[list[tuple[float, np.ndarray]]] = [[(0.0, _voigt(relaxed))] for _ in range(6)]
-    for structure, deformation in zip(deformed, deformed.deformations, strict=True):
-        strain = np.asarray(Strain.from_deformation(deformation).voigt)
-        component = int(np.abs(strain).argmax())
-        strained = AseAtomsAdaptor.get_atoms(structure, msonable=False)
-        strained = Atoms(strained.symbols, strained.positions, cell=strained.cell, pbc=True)
-        strained.calc = atoms.calc
-        points[component].append((strain[component], _voigt(strained.get_stress(voigt=False))))
-    constants = np.zeros((6, 6))
-    for i, measured in enumerate(points):
-        strains = np.array([e for e, _ in measured])
-        constants[i] = np.polyfit(strains, np.array([s for _, s in measured]), 1)[0]
-    tensor = ElasticTensor.from_voigt(constants).zeroed(ZERO)
-    return float(tensor.g_vrh) / GPa, float(tensor.k_vrh) / GPa
-
-
-def _voigt(stress: np.ndarray) -> np.ndarray:
-    return stress[[0, 1, 2, 1, 0, 0], [0, 1, 2, 2, 2, 1]]
+    found = elastic(atoms, relaxed=False, normal=NORMAL, shear=SHEAR, shape="upper")
+    tensor = ElasticTensor.from_voigt(found.tensor).zeroed(ZERO)
+    return float(tensor.g_vrh), float(tensor.k_vrh)
 
 
 class Elastic:
@@ -88,6 +67,7 @@ class Elastic:
 
     def run(self, item: Crystal, calculator: BaseCalculator, options: Options) -> dict[str, Any]:
         found = relax(item.atoms, calculator, FMAX, STEPS)
+        found.atoms.calc = calculator
         shear, bulk = moduli(found.atoms)
         if not (math.isfinite(shear) and math.isfinite(bulk)):
             raise FloatingPointError(f"moduli {shear} and {bulk} GPa")

@@ -21,6 +21,7 @@ from ase.calculators.calculator import BaseCalculator
 from mffm.evaluate.benchmark.task import LAMBENCH, DataFile, Options, Score, mean_absolute
 from mffm.evaluate.lambench.differences import PUBLISHED
 from mffm.evaluate.relaxation import relax
+from mffm.properties.phonons import find_force_constants
 
 DISPLACEMENT, FMAX, STEPS, SYMPREC, KELVIN = 0.01, 1e-3, 500, 1e-2, 300.0
 KELVIN_PER_THZ = 47.9924  # the suite's digits
@@ -59,15 +60,8 @@ def compute(file: Path, calculator: BaseCalculator) -> dict[str, float]:
         primitive_matrix=reference.primitive_matrix,
     )
     phonons.generate_displacements(distance=DISPLACEMENT, is_diagonal=False)
-    forces = []
-    for displaced in phonons.supercells_with_displacements or ():
-        frame = Atoms(displaced.symbols, cell=displaced.cell, scaled_positions=displaced.scaled_positions, pbc=True)
-        frame.calc = calculator
-        found = np.array(frame.get_forces())
-        forces.append(found - found.mean(axis=0))
-    phonons.forces = np.array(forces)
-    phonons.produce_force_constants()
-    phonons.symmetrize_force_constants()
+    relaxed.calc = calculator
+    find_force_constants(phonons, relaxed)
     return quantities(phonons)
 
 

@@ -90,7 +90,7 @@ def compute(crystal: Crystal, calculator: BaseCalculator, displacement: float) -
     """
     start = crystal.atoms
     before = space_group(start)
-    relaxed = relax(start, calculator, FMAX, STEPS, symprec=RELAX_SYMPREC, mask=NO_TILTS)
+    relaxed = relax(start, calculator, FMAX, STEPS, symprec=RELAX_SYMPREC, strains=NO_TILTS)
     atoms = Atoms(relaxed.atoms.symbols, relaxed.atoms.positions, cell=relaxed.atoms.cell, pbc=True)
     after = space_group(atoms)
     record: dict[str, Any] = {

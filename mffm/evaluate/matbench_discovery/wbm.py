@@ -68,11 +68,12 @@ def compute(material: Material, calculator: BaseCalculator, options: Options) ->
     structure = AseAtomsAdaptor.get_structure(
         Atoms(found.atoms.symbols, found.atoms.positions, cell=found.atoms.cell, pbc=True)
     )
-    total = found.energy if options.corrected_energies else energies.corrected_energy(structure, found.energy)
+    energy = float(found.energies[-1])
+    total = energy if options.corrected_energies else energies.corrected_energy(structure, energy)
     if total is None:
         raise ValueError("the MP2020 scheme rejects the entry")
     result = {
-        "energy": found.energy,
+        "energy": energy,
         "e_form": energies.formation_energy(found.atoms.symbols, total, material.references),
         "converged": found.converged,
         "n_steps": found.n_steps,

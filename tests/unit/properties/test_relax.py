@@ -7,6 +7,7 @@ import pytest
 from ase import units
 from ase.build import bulk, molecule
 from ase.calculators.emt import EMT
+from ase.calculators.lj import LennardJones
 
 from mffm.errors import InputError
 from mffm.properties import relax as module
@@ -68,3 +69,26 @@ def test_refused(arguments: dict, message: str):
     atoms.calc = EMT()
     with pytest.raises(InputError, match=message):
         module.relax(atoms, **arguments)
+
+
+def test_a_space_group_that_is_kept_and_strains_that_are_not_free():
+    atoms = bulk("Cu", cubic=True, a=3.7)
+    atoms.set_cell(atoms.cell.array @ np.diag([1.0, 1.0, 1.04]), scale_atoms=True)
+    atoms.calc = EMT()
+    lengths = module.relax(atoms, cell="full", fmax=0.002, strains=[False, False, True, False, False, False])
+    np.testing.assert_allclose(lengths.atoms.cell.lengths()[:2], 3.7)
+    assert lengths.atoms.cell.lengths()[2] < 3.6
+    atoms = bulk("Cu", cubic=True)
+    atoms.calc = EMT()
+    atoms.positions[0, 0] += 1e-3  # within the tolerance: taken for the site itself
+    kept = module.relax(atoms, fmax=1e-6, symprec=0.01)
+    np.testing.assert_allclose(kept.atoms.get_distances(0, [1, 2, 3], mic=True), 3.61 / 2**0.5, atol=1e-3)
+
+
+@pytest.mark.parametrize("apart", [1e-60, 0.05])
+def test_forces_beyond_reason(apart: float):
+    atoms = molecule("N2")
+    atoms.set_distance(0, 1, apart)
+    atoms.calc = LennardJones()
+    with pytest.raises(module.Diverged, match="after 0 steps of relaxing N2"), np.errstate(all="ignore"):
+        module.relax(atoms, largest_force=1e4)
