@@ -15,7 +15,7 @@ import pytest
 
 from mffm.data.store import Store
 
-pytestmark = pytest.mark.usefixtures("label_codes")
+pytestmark = [pytest.mark.usefixtures("label_codes"), pytest.mark.timeout(1500)]
 
 SHIPPED = Path(__file__).parents[3] / "data" / "molecules.extxyz"
 LEVEL = "spgfn2"  # the shipped molecules have gfn2
@@ -43,7 +43,6 @@ def labels_of(store: Store) -> list[tuple[int, bytes, bytes]]:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1500)
 def test_five_kills_leave_the_labels_of_an_undisturbed_run(build_store: Callable[..., Path], tmp_path: Path) -> None:
     """Twice early, thrice anywhere in the work: the fingerprint of the layer is the same, and no label is lost."""
     text = SHIPPED.read_text()
@@ -94,7 +93,7 @@ def test_an_interrupt_keeps_what_is_done_and_a_dead_worker_is_replaced(molecule_
     if process.returncode == 75:  # not where it was faster than the signal
         assert b"interrupted; the same command goes on where it stopped" in error
         assert journal.stat().st_size > 0
-    done = subprocess.run(command(path), capture_output=True, text=True, timeout=200)
+    done = subprocess.run(command(path), capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr
     assert len(labels_of(Store(path))) == 90
 
@@ -107,14 +106,14 @@ def test_a_full_disk_loses_nothing(molecule_store: Path, tmp_path: Path) -> None
         "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY)); "
         f"sys.argv = {['mffm', *command(path)[3:]]!r}; from mffm import cli; cli.main()"
     )
-    full = subprocess.run([sys.executable, "-c", limited], capture_output=True, text=True, timeout=200)
+    full = subprocess.run([sys.executable, "-c", limited], capture_output=True, text=True, timeout=400)
     assert full.returncode == 2
     assert "no space left to write" in full.stderr
     assert "run the same command again" in full.stderr
     assert "Traceback" not in full.stderr
     assert 0 < journal_bytes(folder) <= 20_000
     Store(path).verify()
-    done = subprocess.run(command(path), capture_output=True, text=True, timeout=200)
+    done = subprocess.run(command(path), capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr
     assert len(labels_of(Store(path))) == 90
     records = (path / "layers" / LEVEL / "records.jsonl").read_text().splitlines()
