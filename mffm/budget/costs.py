@@ -151,7 +151,7 @@ def _of_file(path: Path, levels: Sequence[str]) -> Iterator[tuple[str, Measured]
         for level, value in [*own.items(), *recorded.get(atoms.info.get("frame_id"), ())]:
             if level == PREFIX:
                 continue
-            basis = atoms.info.get(f"{BASIS}_{level}", atoms.info.get(BASIS, np.nan))
+            basis: Any = atoms.info.get(f"{BASIS}_{level}", atoms.info.get(BASIS, np.nan))
             if level in levels:
                 seconds = _positive(value, f"{path}: frame {index}: {PREFIX} of {level!r}")
                 yield level, Measured(seconds, Size(*_size(atoms.numbers), float(basis)))
