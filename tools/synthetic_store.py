@@ -136,6 +136,10 @@ def private_bytes() -> int:
     return 1024 * int(next(line for line in lines if line.startswith("Private_Dirty")).split()[1])
 
 
+def _clocks() -> tuple[float, float]:
+    return time.perf_counter(), time.process_time()
+
+
 def probe(folder: Path, steps: int) -> dict[str, float]:
     """Start a run's reading at a saved cursor, take steps; return seconds and bytes of this process.
 
@@ -148,21 +152,24 @@ def probe(folder: Path, steps: int) -> dict[str, float]:
     from mffm.data.plan import Cursor, Plan, build_pools
     from mffm.data.store import Store
 
-    times = [time.perf_counter()]
+    clocks = [_clocks()]
     store = Store(folder)
-    times.append(time.perf_counter())
+    clocks.append(_clocks())
     edges = int(store.n_edges(CUTOFF)[0])
     config = PlanConfig(pools=[{"fidelity": "pbe"}], edge_budget=max(2 * 500, 200 * edges), oversize="skip")
     before = private_bytes()
     pools = build_pools(store, config, store.fidelities, CUTOFF)
-    times.append(time.perf_counter())
+    clocks.append(_clocks())
     plan = Plan(pools, config, seed=0)
     assert plan.fingerprint
-    times.append(time.perf_counter())
+    clocks.append(_clocks())
     cursor = Cursor(1000, ((0, len(pools[0]) // 2),))
     _, cursor = plan.step(cursor)
-    times.append(time.perf_counter())
-    found = dict(zip(("open_s", "pools_s", "plan_s", "step_s"), np.diff(times).tolist(), strict=True))
+    clocks.append(_clocks())
+    spent = np.diff(clocks, axis=0).tolist()
+    found = {}
+    for name, (wall, cpu) in zip(("open", "pools", "plan", "step"), spent, strict=True):
+        found |= {f"{name}_s": wall, f"{name}_cpu_s": cpu}
     if steps:
         with Loader(store, plan, store.fidelities, CUTOFF, cursor, last_step=cursor.step + steps) as loader:
             for _ in loader:

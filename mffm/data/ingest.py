@@ -173,7 +173,8 @@ def stage_chunk(chunk: Chunk, settings: Settings, folder: Path) -> Staged:
     """Process a chunk and put its records into a part file of ``folder``; runs in any process."""
     items, keys = process(chunk, settings)
     frames = [item for item in items if isinstance(item, Item)]
-    payloads = [record for item in frames for record in (item.record, item.labels)]
+    payloads = [record for item in frames for record in (item.record, item.labels) if isinstance(record, bytes)]
+    assert len(payloads) == 2 * len(frames)
     extents = iter(parts.append(folder, payloads)) if payloads else iter(())
     staged = [
         item._replace(record=next(extents), labels=next(extents)) if isinstance(item, Item) else item for item in items

@@ -138,8 +138,8 @@ def _whole(stores: Sequence[Store]) -> _Whole:
     layers: dict[str, tuple[str, list[str]]] = {}
     for store in stores:
         table = extended(table, "an earlier store", store.fidelities, store.fidelities.names)
-        for source in store.sources:
-            sources.setdefault(source["name"], source)
+        for described in store.sources:
+            sources.setdefault(described["name"], described)
         for layer in store.layers:
             source, fidelities = layers.setdefault(layer.name, (layer.source, []))
             if source != layer.source:

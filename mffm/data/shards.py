@@ -44,7 +44,7 @@ def write_geometry_shard(folder: Path, number: int, first: int, staged: bytes, c
         cutoffs: Å, that edges were counted for.
     """
     table = np.frombuffer(staged, staged_structure(len(cutoffs)))
-    columns = {name: np.ascontiguousarray(table[name]) for name, *_ in _HEAD}
+    columns = {name: np.ascontiguousarray(table[name]) for name in (str(field[0]) for field in _HEAD)}
     with PartReader(folder / "staging" / "parts") as parts:
         geometry = (parts.get(*extent) for extent in _extents(table))
         entry = geometry_shard(folder / "geometry" / f"{number:05d}.lmdb", first, geometry, columns)

@@ -420,7 +420,7 @@ class Staging:
 
     def _staged_labels(self, layer: int, after: bytes) -> tuple[bytes, bytes]:
         """Return ``shards.STAGED_LABELS`` of the rows of the next shard, and the last one's key."""
-        staged = []
+        staged: list[bytes] = []
         cursor = self.transaction.cursor(self._db["labels"])
         found = cursor.set_range(after + b"\xff\xff") if after else cursor.first()
         while found and len(staged) < self.shard_frames:
