@@ -185,3 +185,12 @@ def test_outliers_are_named(findings, structures):
     kinds = findings(frames)
     assert "1 of 60" in kinds["outliers"]
     assert "row 7" in kinds["outliers"]
+
+
+def test_lattice_planes_that_touch_are_a_fault():
+    """A byte too many in a file of boxes made such a cell; its neighbor list needs more images than there is memory."""
+    flat = np.array([[4.0, 0, 0], [0, 4, 0], [3.9, 2.0, 0.01]])
+    assert "lattice planes 0.01 Å apart, closer than 0.1 Å" in checks.cell_fault(flat, PERIODIC)
+    assert checks.cell_fault(flat, np.array([True, True, False])) == ""
+    sheared = np.array([[4.0, 0, 0], [7.0, 4, 0], [-5.0, 9.0, 4.0]])
+    assert checks.cell_fault(sheared, PERIODIC) == ""
