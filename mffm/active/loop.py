@@ -200,7 +200,7 @@ class Loop:
         pools = content.get("data", {}).get("plan", {}).get("pools", [])
         if self.fidelity not in [pool.get("fidelity") for pool in pools]:
             raise InputError(f"{self.recipe}: no pool of {self.fidelity!r}, whose labels are computed; add one")
-        own = {"name": f"{self.config.name}-{number:02d}", "run": str(self.place(number) / task.RUN)}
+        own: dict[str, Any] = {"name": f"{self.config.name}-{number:02d}", "run": str(self.place(number) / task.RUN)}
         own |= {"seed": self.config.seed, "data.store": self.config.store}
         return apply_overrides(content, as_overrides(own))
 

@@ -75,8 +75,8 @@ def relax(
     with bar() as shown:
         task = shown.add_task("steps", total=None)
         found = module.relax(
-            atoms, optimizer, cell, fmax, steps, pressure, lambda n: shown.update(task, completed=n)
-        )  # fmt: skip
+            atoms, optimizer, cell, fmax, steps, pressure, each_step=lambda n: shown.update(task, completed=n)
+        )
     rows = [
         ("converged", "yes" if found.converged else f"no, after {found.n_steps} steps"),
         ("steps", str(found.n_steps)),

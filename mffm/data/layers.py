@@ -212,6 +212,7 @@ class _Matcher:
 
     def row_of(self, item: Item) -> tuple[int, str]:
         """Return the row of a frame, or -1 and the reason."""
+        assert isinstance(item.record, bytes)  # nothing here puts records into parts
         geometry = records.unpack_geometry(item.record)
         if self.by_geometry:
             cursor = self.transaction.cursor(self._identity)
@@ -289,6 +290,7 @@ class _Matcher:
         row, reason = self.row_of(item)
         if row < 0:
             return reason
+        assert isinstance(item.labels, bytes)
         new = records.unpack_all_labels(item.labels)
         staged = self.transaction.get(row_key(row), db=self._labels)
         known_labels = {} if staged is None else records.unpack_all_labels(staged)

@@ -184,9 +184,10 @@ def _put(fidelity: str, ledger: Ledger, index: int, atoms: Atoms, summary: Summa
     ((record, labels),) = ledger.labels([index])
     _seen(summary, record, labels)
     for prop, value in labels.items():
-        (atoms.arrays if prop == FORCES else atoms.info)[f"{prop}_{fidelity}"] = (
-            float(value) if value.ndim == 0 else np.array(value)
-        )
+        if prop == FORCES:
+            atoms.arrays[f"{prop}_{fidelity}"] = np.array(value)
+        else:
+            atoms.info[f"{prop}_{fidelity}"] = float(value) if value.ndim == 0 else np.array(value)
     for key, value in record.info.items():
         atoms.info[f"{key}_{fidelity}"] = np.array(value) if isinstance(value, list) else value
 

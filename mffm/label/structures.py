@@ -201,7 +201,8 @@ def prepare(files: Sequence[Path], folder: Path) -> None:
 
     try:
         records.write_shard(aside / "structures.lmdb", packed())
-        np.savez(aside / "columns.npz", **{name: np.array(values, np.int32) for name, values in columns.items()})
+        arrays: dict[str, Any] = {name: np.array(values, np.int32) for name, values in columns.items()}
+        np.savez(aside / "columns.npz", **arrays)
         aside.rename(folder)
     finally:
         shutil.rmtree(aside, ignore_errors=True)

@@ -184,8 +184,8 @@ def pool_origin(path: Path, split: str, level: str | None, without: Sequence[int
     if level is not None:
         rows = np.setdiff1d(rows, store.rows(fidelity=level))
     if not len(rows):
-        without = "" if level is None else f" without a label of {level!r}"
-        raise InputError(f"{path}: no structures{without} in split {split!r}; splits: {known(store.split_names)}, all")
+        left = "" if level is None else f" without a label of {level!r}"
+        raise InputError(f"{path}: no structures{left} in split {split!r}; splits: {known(store.split_names)}, all")
     return Rows(store, rows)
 
 
