@@ -17,7 +17,7 @@ import typer
 from ase import Atoms
 from ase.calculators.singlepoint import SinglePointCalculator
 from ase.units import Hartree
-from label_molecules import xtb
+from label_molecules import LEVELS
 
 HIGHEST = 0.12 * Hartree  # eV above the minimum; the set goes on to 8.4 Hartree, where no molecule is left
 
@@ -46,7 +46,7 @@ def labelled(frame: Atoms, **labels: Any) -> Atoms:
 
 
 def gfn2(frame: Atoms) -> Atoms:
-    label = xtb(frame, "GFN2-xTB")
+    label = LEVELS["gfn2"].compute(frame)
     return labelled(frame, energy=label.energy, forces=label.forces)
 
 

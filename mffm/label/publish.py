@@ -15,6 +15,7 @@ from ase import Atoms
 from ase.io import iread
 from ase.io.extxyz import write_extxyz
 
+from mffm.config.model import DensityConfig
 from mffm.data import layers, records
 from mffm.data.store import Store
 from mffm.errors import InputError
@@ -24,6 +25,7 @@ from mffm.label.structures import CHARGE_KEY, SPIN_KEYS
 from mffm.label.work import Work, refuse_other_fidelity
 
 DOUBTFUL_T1 = 0.02
+DEFAULT_CUTOFF = DensityConfig().cutoff  # whose edges the ingest of the data YAML counts
 ABOUT = "label.json"  # in a layer's folder: which labelling made it
 RECORDS = "records.jsonl"
 
@@ -214,6 +216,7 @@ def _data_yaml(work: Work, output: Path, summary: Summary, keys: set[str]) -> st
         "store": f"stores/{name}",
         "fidelities": {label: {key: value for key, value in fidelity.items() if value}},
         "sources": [source],
+        "cutoffs": [DEFAULT_CUTOFF],
     }
     text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=110)
     return f"# Written by mffm label. Correct the licence, then: mffm ingest {data_yaml_of(output).name}\n{text}"

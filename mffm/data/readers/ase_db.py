@@ -36,11 +36,15 @@ def _connect(path: Path) -> Any:
     return connect(str(path))
 
 
-# What another process runs to copy every value once, as the reading will do.
+# What another process runs to copy every value once, as the reading will do. Keys rise; where damaged pages point back,
+# the walk would not end.
 _WALK = """
 import lmdb, sys
+last = b""
 for key, value in lmdb.open(sys.argv[1], subdir=False, readonly=True, lock=False).begin().cursor():
-    pass
+    if key <= last:
+        sys.exit("keys out of order")
+    last = key
 """
 
 

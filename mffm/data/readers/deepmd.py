@@ -6,6 +6,7 @@ The file of a system is its ``type.raw``. Å, eV, eV/Å; the virial is in eV wit
 volume. Every other .npy of a set with a value a frame is a value of the frame (``spin.npy``, ``fparam.npy``).
 """
 
+import tokenize
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -70,7 +71,7 @@ def _types(path: Path) -> np.ndarray:
 def _load(path: Path) -> np.ndarray:
     try:
         return np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError, SyntaxError, MemoryError, OverflowError) as error:
+    except (OSError, ValueError, EOFError, SyntaxError, tokenize.TokenError, MemoryError, OverflowError) as error:
         raise InputError(f"{path}: not readable as a .npy file ({' '.join(str(error).split())[:120]})") from error
 
 

@@ -329,10 +329,10 @@ def run(numbers: range, layouts: Any, data_yaml: Any, tmp_path: Path) -> None:
 
 @pytest.mark.timeout(1200)
 def test_fuzz(layouts: Any, data_yaml: Any, tmp_path: Path) -> None:
-    run(range(200), layouts, data_yaml, tmp_path)
+    run(range(100), layouts, data_yaml, tmp_path)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_fuzz_of_two_thousand(layouts: Any, data_yaml: Any, tmp_path: Path) -> None:
-    run(range(200, 2200), layouts, data_yaml, tmp_path)
+    run(range(100, 2100), layouts, data_yaml, tmp_path)
