@@ -27,6 +27,7 @@ from mffm.label.work import Request
 from mffm.release import load, read_json, save, write_json, write_text
 from mffm.select import report as selection_report
 from mffm.select import run as selection
+from mffm.select.pool import Rows
 
 CONFIG, CHOSEN, ERRORS, RELEASE = "config.yaml", "chosen.json", "errors.json", "release"
 JOB = "fine-tune"
@@ -167,8 +168,9 @@ class Loop:
             self.means.progress,
         )
         selection_report.write(found, place / "selection")
-        candidates = np.setdiff1d(store.rows(split="train"), [*failed, *store.rows(fidelity=self.fidelity)])
-        rows = candidates[found.candidates[[pick.index for pick in found.picks]]]
+        (origin,) = found.pool.origins
+        assert isinstance(origin, Rows)
+        rows = origin.rows[found.candidates[[pick.index for pick in found.picks]]]
         write_json(place / CHOSEN, _described(store, rows.tolist()))
         return list(rows.tolist())
 

@@ -42,13 +42,9 @@ def markdown(config: ActiveConfig, rounds: Sequence[dict[str, Any]]) -> str:
 
 
 def _draw(rounds: Sequence[dict[str, Any]], path: Path) -> None:
-    labels = [found["n_labels"] for found in rounds]
-    panels: list[Any] = [
-        (
-            "labels",
-            f"{row['property']} MAE, {row['unit']}",
-            {row["property"]: (labels, [found["rows"][i]["mae"] for found in rounds], "o-")},
-        )
-        for i, row in enumerate(rounds[-1]["rows"])
-    ]
-    plots.curves(path, panels)
+    panels: dict[str, dict[str, list[tuple[float, float, float, float]]]] = {}
+    for found in rounds:
+        for row in found["rows"]:
+            points = panels.setdefault(f"{row['property']} MAE, {row['unit']}", {}).setdefault("test structures", [])
+            points.append((found["n_labels"], *[row["mae"]] * 3))
+    plots.label_curves(path, panels, f"{rounds[-1]['fidelity']} labels", len(panels))

@@ -164,9 +164,11 @@ def _of_store(path: Path) -> Iterator[tuple[str, Measured]]:
     store = Store(path)
     for layer in store.layers:
         records = layer.folder / RECORDS
-        for entry in _computed(records) if records.is_file() else ():
+        entries = list(_computed(records)) if records.is_file() else []
+        sizes = _of_rows(store, np.array([entry["index"] for entry in entries], np.int64))
+        for entry, size in zip(entries, sizes, strict=True):
             seconds = _positive(entry["cpu_ns"] * 1e-9, f"{records}: {entry['frame_id']}: cpu_ns")
-            yield entry["fidelity"], Measured(seconds, *_of_rows(store, np.array([entry["index"]])))
+            yield entry["fidelity"], Measured(seconds, size)
 
 
 def _computed(records: Path) -> Iterator[dict[str, Any]]:

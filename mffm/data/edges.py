@@ -38,15 +38,9 @@ def count_edges(store_path: str | Path, cutoff: float, workers: int = 1) -> Path
     store = Store(store_path)
     folder = _writable_folder(store)
     blocks = [(first, min(first + _BLOCK, store.n_frames)) for first in range(0, store.n_frames, _BLOCK)]
-    try:
+    with records.disk_errors_explained(folder):
         counts = _counts(store, blocks, cutoff, workers)
-        path = write_edges(folder, cutoff, store.n_frames, counts, store.n_atoms, store.geometry_fingerprint)
-    except OSError as error:
-        explained = records.disk_error(error, folder)
-        if explained is None:
-            raise
-        raise explained from error
-    return path
+        return write_edges(folder, cutoff, store.n_frames, counts, store.n_atoms, store.geometry_fingerprint)
 
 
 def write_edges(

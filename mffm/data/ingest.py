@@ -7,14 +7,11 @@ import pickle
 import re
 import time
 from collections.abc import Iterator
-from concurrent.futures.process import BrokenProcessPool
 from difflib import get_close_matches
 from glob import glob
 from itertools import accumulate, islice
 from pathlib import Path
 from typing import Any, NamedTuple
-
-import lmdb
 
 from mffm.config.data import DataConfig, SourceSpec, SplitSpec
 from mffm.data import parts, records
@@ -211,18 +208,8 @@ def ingest(config: DataConfig, base: Path, store: Path | None = None, progress: 
         InputError: a source that cannot be read or has no such label, another store in the folder, a full disk.
     """
     folder = Path(store if store is not None else config.store)
-    try:
+    with records.disk_errors_explained(folder):
         return _ingest(config, Path(base), folder, progress)
-    except BrokenProcessPool as error:
-        raise InputError(
-            f"{folder}: a worker process ended unexpectedly (out of memory?); what was read is kept: "
-            f"run the same command again, with fewer than workers: {config.workers}"
-        ) from error
-    except (OSError, lmdb.Error) as error:
-        explained = records.disk_error(error, folder)
-        if explained is None:
-            raise
-        raise explained from error
 
 
 def _ingest(config: DataConfig, base: Path, folder: Path, progress: bool) -> IngestReport:

@@ -91,13 +91,9 @@ def layer_folder(store: Store, name: str) -> Iterator[Path]:
     folder = store.path / "layers" / f".adding-{name}"
     shutil.rmtree(folder, ignore_errors=True)
     try:
-        folder.mkdir(parents=True)
-        yield folder
-    except (OSError, lmdb.Error) as error:
-        explained = records.disk_error(error, store.path)
-        if explained is None:
-            raise
-        raise explained from error
+        with records.disk_errors_explained(store.path):
+            folder.mkdir(parents=True)
+            yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -166,17 +162,13 @@ def write_beside(
     aside = folder.with_name(folder.name + ".partial")
     shutil.rmtree(aside, ignore_errors=True)
     try:
-        aside.mkdir(parents=True)
-        write_layer(store, aside, source["name"], source["name"], fidelities.names, after)
-        records.write_json(
-            aside / "beside.json", {"fidelities": fidelities.to_list(), "source": source, "made_from": made_from}
-        )
-        aside.rename(folder)
-    except (OSError, lmdb.Error) as error:
-        explained = records.disk_error(error, folder)
-        if explained is None:
-            raise
-        raise explained from error
+        with records.disk_errors_explained(folder):
+            aside.mkdir(parents=True)
+            write_layer(store, aside, source["name"], source["name"], fidelities.names, after)
+            records.write_json(
+                aside / "beside.json", {"fidelities": fidelities.to_list(), "source": source, "made_from": made_from}
+            )
+            aside.rename(folder)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 

@@ -6,13 +6,10 @@ import hashlib
 import json
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
-
-import lmdb
 
 from mffm.data import parts, records
 from mffm.data.finish import Contents, finish
@@ -83,7 +80,7 @@ def merge(stores: Sequence[Path], out: Path, workers: int = 1, progress: bool = 
     refuse_existing(out, unfinished=True)
     layers = [fidelities for _, fidelities in whole.layers.values()]
     shard_frames = max(store.manifest["shard_frames"] for store in opened)
-    try:
+    with records.disk_errors_explained(out):
         with Workers(workers) as run, open_or_explain(out, shard_frames, layers, state, run) as staging:
             if staging.state["config_hash"] != config_hash:
                 raise InputError(f"{out}: holds an unfinished merge of other stores; name another folder, or delete it")
@@ -93,16 +90,6 @@ def merge(stores: Sequence[Path], out: Path, workers: int = 1, progress: bool = 
             finish(staging, contents, named, config_hash, run, progress)
             state = staging.state
         staging.remove_working_files()
-    except BrokenProcessPool as error:
-        raise InputError(
-            f"{out}: a worker process ended unexpectedly (out of memory?); what was read is kept: run the same command "
-            f"again, with fewer than --workers {workers}"
-        ) from error
-    except (OSError, lmdb.Error) as error:
-        explained = records.disk_error(error, out)
-        if explained is None:
-            raise
-        raise explained from error
     return Merged(
         state["n_rows"],
         state["n_merged"],

@@ -19,7 +19,8 @@ import hashlib
 import json
 import os
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -187,6 +188,22 @@ def disk_error(error: BaseException, path: Path) -> InputError | None:
     if code in (errno.EROFS, errno.EACCES, errno.EPERM):
         return InputError(f"{path}: cannot be written ({error}); choose another folder or change its permissions")
     return None
+
+
+@contextmanager
+def disk_errors_explained(path: Path) -> Iterator[None]:
+    """Turn an error that means that nothing more can be written to ``path`` into the user's; others stay as they are.
+
+    Raises:
+        InputError: no space left, or no permission.
+    """
+    try:
+        yield
+    except (OSError, lmdb.Error) as error:
+        explained = disk_error(error, path)
+        if explained is None:
+            raise
+        raise explained from error
 
 
 def fsync_folder(folder: Path) -> None:

@@ -57,19 +57,15 @@ def stage(store: Store, out: Path, progress: bool = False) -> Staged:
         digests = _digests(store)
         done = 0
         try:
-            with Meter(total, progress, "stage") as meter:
-                for n, path in enumerate(files, 1):
-                    done += _copy(path, aside / path.relative_to(store.path), digests.get(path))
-                    meter.update(done, {"n_rows": n})
-            if out.is_dir():
-                out.rmdir()
-            aside.rename(out)
-            records.fsync_folder(out.parent)
-        except OSError as error:
-            explained = records.disk_error(error, out)
-            if explained is None:
-                raise
-            raise explained from error
+            with records.disk_errors_explained(out):
+                with Meter(total, progress, "stage") as meter:
+                    for n, path in enumerate(files, 1):
+                        done += _copy(path, aside / path.relative_to(store.path), digests.get(path))
+                        meter.update(done, {"n_rows": n})
+                if out.is_dir():
+                    out.rmdir()
+                aside.rename(out)
+                records.fsync_folder(out.parent)
         finally:
             shutil.rmtree(aside, ignore_errors=True)
     return Staged(out, total, Store(out).fingerprint)

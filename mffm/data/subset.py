@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import lmdb
 import numpy as np
 from ase.data import atomic_numbers
 
@@ -59,7 +58,7 @@ def chosen_rows(
     for name in fidelities:
         rows = np.intersect1d(rows, store.rows(fidelity=name), assume_unique=True)
     if ids is not None:
-        rows = np.intersect1d(rows, _named(store, ids), assume_unique=True)
+        rows = np.intersect1d(rows, rows_named(store, ids), assume_unique=True)
     if elements:
         rows = _made_of(store, rows, elements)
     if fraction is not None:
@@ -72,7 +71,14 @@ def chosen_rows(
     return rows
 
 
-def _named(store: Store, ids: Sequence[str]) -> np.ndarray:
+def rows_named(store: Store, ids: Sequence[str]) -> np.ndarray:
+    """Return the rows of frame ids, ascending; one that is given twice counts once.
+
+    Raises:
+        InputError: an id that does not exist.
+    """
+    if not ids:
+        return np.zeros(0, np.int64)
     wanted = np.array(sorted(set(ids)))
     keys = np.frombuffer(b"".join(digest16(name) for name in wanted.tolist()), "<u8").reshape(-1, 2)
     order = np.argsort(keys[:, 0], kind="stable")
@@ -112,17 +118,13 @@ def _made_aside(out: Path) -> Iterator[Path]:
     aside = out.with_name(f".{out.name}.partial")
     shutil.rmtree(aside, ignore_errors=True)
     try:
-        aside.mkdir(parents=True)
-        yield aside
-        if out.is_dir():
-            out.rmdir()  # empty, as was seen at the start
-        aside.rename(out)
-        records.fsync_folder(out.parent)
-    except (OSError, lmdb.Error) as error:
-        explained = records.disk_error(error, out)
-        if explained is None:
-            raise
-        raise explained from error
+        with records.disk_errors_explained(out):
+            aside.mkdir(parents=True)
+            yield aside
+            if out.is_dir():
+                out.rmdir()  # empty, as was seen at the start
+            aside.rename(out)
+            records.fsync_folder(out.parent)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 

@@ -8,10 +8,12 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context, parent_process
 from typing import Any
 
 from mffm.data.readers.chunk import Chunk
+from mffm.errors import InputError
 
 Call = tuple[Any, Callable[..., Any], tuple[Any, ...]]
 
@@ -44,13 +46,23 @@ class Workers:
             )
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *exception: Any) -> None:
+        """End the workers.
+
+        Raises:
+            InputError: one of them was killed.
+        """
         if self._executor is None:
             return
         if kind is not None:  # nobody waits for what is under way, which may be minutes of reading
             for process in list((self._executor._processes or {}).values()):
                 process.terminate()
         self._executor.shutdown(wait=True, cancel_futures=True)
+        if kind is BrokenProcessPool:
+            raise InputError(
+                f"one of {self.workers} worker processes ended unexpectedly (out of memory?); what was read is kept: "
+                "run the same command again, with fewer workers"
+            ) from exception[0]
 
     def submit(self, function: Callable[..., Any], *arguments: Any) -> "Future[Any]":
         """Start a call; in this process it is done, or has raised, on return."""

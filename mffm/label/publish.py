@@ -8,7 +8,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
-import lmdb
 import numpy as np
 import yaml
 from ase import Atoms
@@ -69,16 +68,11 @@ def finish(work: Work, ledger: Ledger, layer: str, output: Path | None) -> Summa
         reasons = "; ".join(f"{name}: {reason}" for name, reason in examples.values())
         raise InputError(f"no structure could be labelled, {len(failures)} failed: {reasons}")
     summary = Summary(Path(), 0, dict(counts), list(examples.values()))
-    try:
+    with records.disk_errors_explained(work.folder):
         if output is None:
             _write_layer(work, ledger, chosen, layer, summary)
         else:
             _write_file(work, ledger, chosen, output, summary)
-    except (OSError, lmdb.Error) as error:
-        explained = records.disk_error(error, work.folder)
-        if explained is None:
-            raise
-        raise explained from error
     shutil.rmtree(work.folder)
     return summary
 

@@ -5,10 +5,9 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-import lmdb
 import numpy as np
 
-from mffm.data.records import disk_error
+from mffm.data.records import disk_errors_explained
 from mffm.errors import InputError
 from mffm.executor import Executor, Job, State, locked
 from mffm.label import levels, task
@@ -49,7 +48,7 @@ def label(
         InputError: bad input; the codes are missing; nothing could be labelled; a full disk.
     """
     folder = place_of(request, layer, output).resolve()
-    try:
+    with disk_errors_explained(folder):
         there = _there_already(request, layer, output, folder)
         if there:
             shutil.rmtree(folder, ignore_errors=True)  # where the last start was killed at its very end
@@ -65,11 +64,6 @@ def label(
                     "command goes on with them"
                 )
             return finish(work, ledger, layer, output)
-    except (OSError, lmdb.Error) as error:
-        explained = disk_error(error, folder)
-        if explained is None:
-            raise
-        raise explained from error
 
 
 def _there_already(request: Request, layer: str, output: Path | None, folder: Path) -> str:

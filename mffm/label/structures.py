@@ -15,6 +15,7 @@ from mffm.data import records
 from mffm.data.readers import READERS, RejectedFrame, reader_name
 from mffm.data.readers.convert import Wanted
 from mffm.data.store import NO_CHARGE, Store
+from mffm.data.subset import rows_named
 from mffm.errors import InputError
 from mffm.frame import Frame
 
@@ -84,15 +85,16 @@ def rows_of(store: Store, file: Path) -> tuple[int, ...]:
     Raises:
         InputError: a structure without a frame_id, or one that the store has not.
     """
-    rows = {store.frame_id(row): row for row in range(len(store.n_atoms))}
-    found = []
-    for index, atoms in enumerate(iread(str(file), ":")):
-        frame_id = atoms.info.get("frame_id")
-        if frame_id is None or str(frame_id) not in rows:
-            what = "has no frame_id" if frame_id is None else f"frame_id {frame_id!r} is not in {store.path}"
-            raise InputError(f"{file}: frame {index}: {what}; choose from this store: mffm select RELEASE {store.path}")
-        found.append(rows[str(frame_id)])
-    return tuple(sorted(found))
+    frame_ids = [atoms.info.get("frame_id") for atoms in iread(str(file), ":")]
+    if None in frame_ids:
+        raise InputError(
+            f"{file}: frame {frame_ids.index(None)}: has no frame_id; choose from this store: mffm select RELEASE "
+            f"{store.path}"
+        )
+    try:
+        return tuple(rows_named(store, list(map(str, frame_ids))).tolist())
+    except InputError as error:
+        raise InputError(f"{file}: {error}") from error
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from functools import cache
 from pathlib import Path
 
 from mffm.data.identity import same_geometry
+from mffm.data.staging import digest16
 from mffm.data.store import Store
 from mffm.errors import InputError
 from mffm.fidelity import Fidelity
@@ -14,10 +15,10 @@ from mffm.label.level import Label
 
 
 @cache  # opened once a process
-def _opened(path: str) -> tuple[Store, dict[str, int]]:
-    """Return a store and its rows by frame_id."""
+def _opened(path: str) -> tuple[Store, dict[bytes, int]]:
+    """Return a store and its rows by the digest of the frame_id, which the index has."""
     store = Store(path)
-    return store, {store.frame_id(row): row for row in range(len(store.n_atoms))}
+    return store, {digest.tobytes(): row for row, digest in enumerate(store.frame_hash)}
 
 
 def fidelity_of(path: str, fidelity: str, name: str | None) -> Fidelity:
@@ -33,7 +34,7 @@ def fidelity_of(path: str, fidelity: str, name: str | None) -> Fidelity:
 def refuse(frame: Frame, path: str, fidelity: str) -> str:
     """Return why there is no label of a structure, or ""."""
     store, rows = _opened(path)
-    row = rows.get(frame.frame_id)
+    row = rows.get(digest16(frame.frame_id))
     if row is None:
         return f"{path} has no frame_id {frame.frame_id!r}"
     own = (frame.atomic_numbers, frame.positions, frame.cell, frame.pbc)
@@ -48,5 +49,5 @@ def label(frame: Frame, path: str, fidelity: str) -> Label:
     if fault:
         raise InputError(fault)
     store, rows = _opened(path)
-    found = store.labels(rows[frame.frame_id], fidelity)
+    found = store.labels(rows[digest16(frame.frame_id)], fidelity)
     return Label(float(found[ENERGY]), found.get(FORCES), found.get(STRESS))

@@ -58,9 +58,9 @@ def test_a_structure_that_moved_gets_no_label(
 
 
 def test_files_that_name_no_structure_of_the_store(molecule_store: Path, tmp_path: Path):
-    for info, message in (({}, "has no frame_id"), ({"frame_id": "unheard-of"}, "'unheard-of' is not in")):
+    for info, message in (({}, "has no frame_id"), ({"frame_id": "unheard-of"}, "no frame has the id 'unheard-of'")):
         write(tmp_path / "selected.extxyz", Atoms("H", info=info))
-        with pytest.raises(InputError, match=rf"selected.extxyz: frame 0: .*{message}"):
+        with pytest.raises(InputError, match=rf"selected.extxyz: .*{message}"):
             rows_of(Store(molecule_store), tmp_path / "selected.extxyz")
 
 
