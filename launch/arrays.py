@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from launch import records
 from launch.state import NO_ANSWER, TERMINAL, UNKNOWN, named, slurm_states
@@ -20,6 +21,8 @@ from mffm.errors import InputError
 from mffm.executor import Job, State
 
 Report = Callable[[Mapping[str, State]], None]
+Answer = TypeVar("Answer")
+Key = TypeVar("Key")
 
 
 @dataclass
@@ -72,18 +75,16 @@ class ArrayExecutor:
 
     def _adopt(self, jobs: Sequence[Job], runs: Mapping[str, Path], report: Report) -> dict[str, str]:
         """Return training → job of those that are under way; ask until SLURM says which."""
-        silent = False
-        while True:
-            try:
-                end_half_submitted(self.folder)
-                found = under_way(list(runs.values()))
-                break
-            except NoAnswerError as error:
-                if not silent:
-                    self.say(f"{error}; waiting")
-                silent = True
+
+        def ask() -> dict[Path, str]:
+            end_half_submitted(self.folder)
+            return under_way(list(runs.values()))
+
+        def wait() -> None:
             report({job.name: "waiting" for job in jobs})
             time.sleep(self.poll_seconds)
+
+        found = once_answered(ask, wait, self.say)
         ids = {job.name: found[runs[job.name]] for job in jobs if runs[job.name] in found}
         for job in jobs:
             if job.name in ids:
@@ -149,6 +150,19 @@ def groups(jobs: Sequence[Job], finished: Collection[str]) -> dict[tuple[str, ..
     return {after: group for after, group in found.items() if group}
 
 
+def once_answered(ask: Callable[[], Answer], wait: Callable[[], None], say: Callable[[str], None]) -> Answer:
+    """Ask until SLURM answers; say once why it is waited for."""
+    silent = False
+    while True:
+        try:
+            return ask()
+        except NoAnswerError as error:
+            if not silent:
+                say(f"{error}; waiting")
+            silent = True
+        wait()
+
+
 def under_way(runs: Sequence[Path]) -> dict[Path, str]:
     """Return run → its job, of those whose job is queued or runs.
 
@@ -157,10 +171,19 @@ def under_way(runs: Sequence[Path]) -> dict[Path, str]:
     """
     jobs = {run: records.read_json(run / "job.json") for run in runs}
     ids = {run: str(job["job_id"]) for run, job in jobs.items() if job.get("executor") == "slurm"}
+    return of_those_under_way(ids)
+
+
+def of_those_under_way(ids: Mapping[Key, str]) -> dict[Key, str]:
+    """Return the entries of jobs that are queued or run.
+
+    Raises:
+        NoAnswerError: SLURM does not answer.
+    """
     states = slurm_states(list(ids.values()))
     if NO_ANSWER in states.values():
         raise NoAnswerError("SLURM does not answer, so jobs may be under way")
-    return {run: job_id for run, job_id in ids.items() if states[job_id] not in (*TERMINAL, UNKNOWN)}
+    return {key: job_id for key, job_id in ids.items() if states[job_id] not in (*TERMINAL, UNKNOWN)}
 
 
 def end_half_submitted(folder: Path) -> None:

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from launch import records
-from launch.arrays import end_half_submitted
+from launch.arrays import end_half_submitted, of_those_under_way, once_answered
 from launch.command import Command
 from launch.state import NO_ANSWER, TERMINAL, UNKNOWN, slurm_states
 from launch.submit import make_executor, refusals
-from launch.trials import FORGOTTEN_SECONDS, NoAnswerError
+from launch.trials import FORGOTTEN_SECONDS
 from mffm.config.cluster import ClusterConfig
 from mffm.errors import InputError
 from mffm.executor import Job, State
@@ -75,27 +75,20 @@ class CommandArray:
 
     def _adopt(self, jobs: Sequence[Job], report: Report) -> dict[str, str]:
         """Return command → job of those that are under way; ask until SLURM says which."""
-        silent = False
-        while True:
-            try:
-                end_half_submitted(self.folder)
-                break
-            except NoAnswerError as error:
-                if not silent:
-                    self.say(f"{error}; waiting")
-                silent = True
-            report({job.name: "waiting" for job in jobs})
-            time.sleep(self.poll_seconds)
         names = {job.name for job in jobs}
-        ids: dict[str, str] = {}
-        for path in sorted((self.folder / "arrays").glob("*.json"), key=lambda path: path.stat().st_mtime):
-            ids |= {name: job_id for name, job_id in records.read_json(path)["jobs"].items() if name in names}
-        states = slurm_states(list(ids.values()))
-        while NO_ANSWER in states.values():
+
+        def ask() -> dict[str, str]:
+            end_half_submitted(self.folder)
+            ids: dict[str, str] = {}
+            for path in sorted((self.folder / "arrays").glob("*.json"), key=lambda path: path.stat().st_mtime):
+                ids |= {name: job_id for name, job_id in records.read_json(path)["jobs"].items() if name in names}
+            return of_those_under_way(ids)
+
+        def wait() -> None:
             report({job.name: "waiting" for job in jobs})
             time.sleep(self.poll_seconds)
-            states = slurm_states(list(ids.values()))
-        found = {name: job_id for name, job_id in ids.items() if states[job_id] not in (*TERMINAL, UNKNOWN)}
+
+        found = once_answered(ask, wait, self.say)
         if found:
             self.say(f"{len(found)} task(s) of an earlier start are queued or run")
         return found

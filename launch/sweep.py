@@ -26,7 +26,7 @@ from mffm.config.base import as_overrides, load
 from mffm.config.cluster import ClusterConfig
 from mffm.config.recipe import Recipe
 from mffm.config.sweep import Parameter, SweepConfig
-from mffm.errors import InputError, known
+from mffm.errors import EXIT_INTERRUPTED, InputError, known
 from mffm.executor import Executor, Job, LocalExecutor, State, handling_stops, locked, process_of
 
 if TYPE_CHECKING:
@@ -472,7 +472,7 @@ def main(
     if task.stopped:
         left = "" if cluster is None else "; jobs that were submitted go on without it, and it adopts them"
         typer.echo(f"interrupted; the same command goes on{left}")
-        raise typer.Exit(75)
+        raise typer.Exit(EXIT_INTERRUPTED)
 
 
 if __name__ == "__main__":

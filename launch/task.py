@@ -21,13 +21,13 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from launch import records
 from launch.state import node_address
+from mffm.errors import EXIT_INTERRUPTED
 from mffm.executor import Usage, cpu_of_children, machine
 from mffm.failures import START_VARIABLE, Report, ending, node_name, path_of
 
 if TYPE_CHECKING:
     import submitit
 
-EXIT_INTERRUPTED = 75  # of `mffm train` and `mffm resume`: saved, to be resumed
 RESEND_SECONDS = 0.4  # until mffm has its handlers, which it installs some seconds after its start
 KILLED_WITHIN_SECONDS = 600.0  # after a requeue SLURM kills the waiting ranks in seconds
 REPORT_LINES = 30

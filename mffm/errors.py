@@ -4,6 +4,8 @@ import errno
 import sys
 from pathlib import Path
 
+EXIT_INTERRUPTED = 75  # EX_TEMPFAIL: saved, to be resumed
+
 
 class InputError(ValueError):
     """Bad input from outside: a file, a recipe, a label. The message gives the value, the place and the remedy.

@@ -4,8 +4,9 @@ import sys
 from pathlib import Path
 from typing import NoReturn
 
+from mffm.errors import EXIT_INTERRUPTED
+
 RECIPE, RUN = "recipe.yaml", "run"
-EXIT_INTERRUPTED = 75  # EX_TEMPFAIL: saved, to be resumed
 
 
 def main() -> NoReturn:

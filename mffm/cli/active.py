@@ -1,20 +1,19 @@
 """Active learning: active."""
 
 import sys
-import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from mffm.cli.cluster import find_cluster
 from mffm.cli.label import TASKS, Stopped
-from mffm.cli.output import EXIT_INTERRUPTED, say
+from mffm.cli.output import say
+from mffm.cli.progress import Stages
+from mffm.errors import EXIT_INTERRUPTED
 
 if TYPE_CHECKING:
     from mffm.active.loop import Means
-
-PLAIN_LINE_SECONDS = 30.0
 
 
 def active(
@@ -45,7 +44,7 @@ def active(
         raise Stopped
 
     try:
-        with handling_stops(stop), _Progress() as shown:
+        with handling_stops(stop), Stages() as shown:
             work = Loop(settings, config, place, _means(place, settings.name, workers, cluster, shown))
             paths = report.write(settings, work.run(), place)
     except Stopped:
@@ -55,7 +54,7 @@ def active(
     say(f"report: {', '.join([str(paths[0]), *(p.name for p in paths[1:])])}")
 
 
-def _means(place: Path, name: str, workers: int, cluster: str | None, shown: "_Progress") -> "Means":
+def _means(place: Path, name: str, workers: int, cluster: str | None, shown: Stages) -> "Means":
     """Return how the loop's work is done."""
     from launch.commands import CommandArray, refuse_under_way
     from mffm.active.loop import Means
@@ -70,36 +69,3 @@ def _means(place: Path, name: str, workers: int, cluster: str | None, shown: "_P
         return CommandArray(where, f"label-{name}", found, say=say), TASKS
 
     return Means(CommandArray(place, name, found, say=say), found.cpus_per_task, labels, say, shown)
-
-
-class _Progress:
-    """A bar for each stage on a terminal; elsewhere a line now and then, with the rate and the time that is left."""
-
-    def __init__(self) -> None:
-        from mffm.cli.deployed import bar
-
-        self._bar = bar()
-        self._task: Any = None
-        self._what = ""
-        self._first = 0
-        self._started = self._last = time.monotonic()
-
-    def __enter__(self) -> "_Progress":
-        self._bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.stop()
-
-    def __call__(self, what: str, done: int, total: int | None) -> None:
-        now = time.monotonic()
-        if what != self._what:
-            self._what, self._first, self._started, self._last = what, done, now, now
-            self._task = self._bar.add_task(what, total=total)
-        self._bar.update(self._task, completed=done, total=total)
-        if not self._bar.disable or now - self._last < PLAIN_LINE_SECONDS:
-            return
-        self._last = now
-        rate = (done - self._first) / (now - self._started)
-        left = f", {rate:.3g} a second, {(total - done) / rate / 60:.1f} min left" if rate and total else ""
-        print(f"{what}: {done}{f' of {total}' if total else ''}{left}", file=sys.stderr, flush=True)

@@ -4,8 +4,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from mffm.errors import InputError
 
@@ -65,10 +63,3 @@ def read_structure(path: Path, index: int | None) -> "Atoms":
     if len(structures) > 1:
         raise InputError(f"{path}: {len(structures)} structures; say which with --index 0 to {len(structures) - 1}")
     return structures[0]
-
-
-def bar() -> Progress:
-    """Return a progress bar on a terminal's stderr; elsewhere it shows nothing."""
-    stderr = Console(stderr=True)
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
-    return Progress(*columns, TimeRemainingColumn(), console=stderr, disable=not stderr.is_terminal)

@@ -1,21 +1,20 @@
 """Labels from calculators: label."""
 
 import sys
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from mffm.cli.cluster import find_cluster
-from mffm.cli.output import EXIT_INTERRUPTED, say
-from mffm.errors import InputError
+from mffm.cli.output import say
+from mffm.cli.progress import Stages
+from mffm.errors import EXIT_INTERRUPTED, InputError
 
 if TYPE_CHECKING:
     from mffm.executor import Executor
     from mffm.label.publish import Summary
 
-PLAIN_LINE_SECONDS = 30.0
 TASKS = 16  # parts of an array where --tasks does not say
 
 
@@ -73,16 +72,19 @@ def label(
     where = layer or name
     place = run.place_of(request, where, out).resolve()
     executor, workers = _executor(place, name, cluster, workers)
-    shown = _Progress(name)
+    shown = Stages()
 
     def stop(*_: object) -> None:
         raise Stopped
+
+    def progress(labels: int, failures: int, total: int) -> None:
+        shown(f"{name} labels", labels + failures, total, f"{failures} failed")
 
     try:
         with handling_stops(stop), shown:
             limits = Limits(time_limit, memory_limit)
             on = None if executor is None else (executor, tasks)
-            done = run.label(request, where, out, workers, limits, shown.update, on)
+            done = run.label(request, where, out, workers, limits, progress, on)
     except Stopped:
         how = "" if executor is None else "; tasks that were submitted go on without it"
         print(f"interrupted; the same command goes on where it stopped{how}", file=sys.stderr)
@@ -109,12 +111,11 @@ def _executor(place: Path, name: str, cluster: str | None, workers: int | None) 
     return CommandArray(place, f"label-{name}", found, say=say), workers or found.cpus_per_task
 
 
-def _tell(done: "Summary", name: str, shown: "_Progress") -> None:
+def _tell(done: "Summary", name: str, shown: Stages) -> None:
     properties = ", ".join(f"{count:,} {prop}" for prop, count in done.properties.items())
     say(f"{done.written}: {done.n_labels:,} structures labelled at {name} ({properties}), {done.n_failed:,} failed")
-    if shown.n_now:
-        rate = shown.n_now / shown.seconds
-        say(f"{rate:.3g} structures a second; all labels took {done.cpu_seconds:.3g} CPU seconds")
+    if shown.done_now:
+        say(f"{shown.rate:.3g} structures a second; all labels took {done.cpu_seconds:.3g} CPU seconds")
     for kind, count in sorted(done.failures.items()):
         say(f"  {count:,} {kind}")
     for frame_id, reason in done.examples:
@@ -123,38 +124,3 @@ def _tell(done: "Summary", name: str, shown: "_Progress") -> None:
         say(f"  {done.n_doubtful:,} labels have a T1 diagnostic above 0.02: one reference is doubtful there")
     if done.data_yaml is not None:
         say(f"data YAML: {done.data_yaml}; correct its licence, then: mffm ingest {done.data_yaml}")
-
-
-class _Progress:
-    """A bar on a terminal, elsewhere a line every half minute."""
-
-    def __init__(self, name: str):
-        from mffm.cli.deployed import bar
-
-        self.name, self.n_now = name, 0
-        self._bar = bar()
-        self._task = self._bar.add_task(f"{name} labels", total=None)
-        self._first: int | None = None
-        self._start = self._last_line = time.monotonic()
-
-    def __enter__(self) -> "_Progress":
-        self._bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.stop()
-
-    @property
-    def seconds(self) -> float:
-        return time.monotonic() - self._start
-
-    def update(self, labels: int, failures: int, total: int) -> None:
-        done = labels + failures
-        self._first = done if self._first is None else self._first
-        self.n_now = done - self._first
-        self._bar.update(self._task, completed=done, total=total, description=f"{self.name} labels, {failures} failed")
-        if self._bar.disable and time.monotonic() - self._last_line > PLAIN_LINE_SECONDS:
-            self._last_line = time.monotonic()
-            rate = self.n_now / self.seconds
-            left = f", {(total - done) / rate / 60:.1f} min left" if rate else ""
-            print(f"{done} of {total}, {failures} failed, {rate:.3g} a second{left}", file=sys.stderr, flush=True)

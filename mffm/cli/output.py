@@ -11,7 +11,6 @@ console = Console()
 
 EXIT_INPUT = 2
 EXIT_KEYBOARD = 130
-EXIT_INTERRUPTED = 75  # EX_TEMPFAIL: saved, to be resumed
 
 StoreArgument = Annotated[Path, typer.Argument(help="folder of a store")]
 

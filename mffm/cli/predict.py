@@ -14,10 +14,10 @@ from mffm.cli.deployed import (
     FidelityOption,
     PotentialArgument,
     WeightsOption,
-    bar,
     dispersion,
 )
 from mffm.cli.output import EXIT_KEYBOARD, say
+from mffm.cli.progress import Stages
 
 
 def predict(
@@ -42,10 +42,9 @@ def predict(
     total = count_frames(source)[0] if source.is_file() and source.suffix in (".xyz", ".extxyz") else None
     started = time.perf_counter()
     try:
-        with bar() as shown:
-            task = shown.add_task("frames", total=total)
+        with Stages() as shown:
             summary = predict_file(
-                at, source, output, edges, skip_failures, lambda n: shown.update(task, completed=n)
+                at, source, output, edges, skip_failures, lambda n: shown("frames", n, total)
             )  # fmt: skip
     except KeyboardInterrupt:
         print("interrupted; the same command goes on where it stopped", file=sys.stderr)

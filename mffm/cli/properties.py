@@ -1,6 +1,6 @@
 """Properties of a structure by a potential: relax, md, phonons, elastic, eos."""
 
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,12 +16,12 @@ from mffm.cli.deployed import (
     PotentialArgument,
     StructureArgument,
     WeightsOption,
-    bar,
     dispersion,
     read_structure,
     read_structures,
 )
 from mffm.cli.output import complain, say
+from mffm.cli.progress import Stages
 from mffm.errors import InputError
 
 if TYPE_CHECKING:
@@ -72,11 +72,8 @@ def relax(
     from mffm.properties import relax as module
     from mffm.properties import report
 
-    with bar() as shown:
-        task = shown.add_task("steps", total=None)
-        found = module.relax(
-            atoms, optimizer, cell, fmax, steps, pressure, each_step=lambda n: shown.update(task, completed=n)
-        )
+    with Stages() as shown:
+        found = module.relax(atoms, optimizer, cell, fmax, steps, pressure, each_step=lambda n: shown("steps", n, None))
     rows = [
         ("converged", "yes" if found.converged else f"no, after {found.n_steps} steps"),
         ("steps", str(found.n_steps)),
@@ -183,9 +180,8 @@ def md(
 
     made_by = calculator.at.describe()
     decides = {key: made_by[key] for key in ("weights_sha256", "fidelity", "dtype", "d3")}
-    with bar() as shown:
-        task = shown.add_task("steps", total=steps)
-        found = module.md(atoms, config, steps, folder, decides, lambda n: shown.update(task, completed=n))
+    with Stages() as shown:
+        found = module.md(atoms, config, steps, folder, decides, lambda n: shown("steps", n, steps))
     if found.n_resumed:
         say(f"went on from step {found.n_resumed}")
     numbers = found.found()
@@ -230,9 +226,9 @@ def phonons(
     from mffm.properties import report
 
     atoms = _relaxed(atoms, fmax) if relaxed else atoms
-    with bar() as shown:
+    with Stages() as shown:
         found = module.phonons(
-            atoms, supercell, displacement=displacement, each=_counter(shown, "supercells")
+            atoms, supercell, displacement=displacement, each=partial(shown, "supercells")
         )  # fmt: skip
     content = found.found()
     n = content["n_atoms_primitive"]
@@ -275,8 +271,8 @@ def elastic(
     from mffm.properties import report
 
     atoms = _relaxed(atoms, fmax) if relaxed else atoms
-    with bar() as shown:
-        found = module.elastic(atoms, not clamped, fmax, steps, each=_counter(shown, "strains"))
+    with Stages() as shown:
+        found = module.elastic(atoms, not clamped, fmax, steps, each=partial(shown, "strains"))
     rows = [
         ("bulk modulus (Voigt, Reuss, Hill)", ", ".join(f"{v:.2f}" for v in found.bulk) + " GPa"),
         ("shear modulus (Voigt, Reuss, Hill)", ", ".join(f"{v:.2f}" for v in found.shear) + " GPa"),
@@ -373,11 +369,6 @@ def _cells_relaxed(n_not_relaxed: int, n: int) -> tuple[str, str]:
 def _require_relaxed(n_not_relaxed: int) -> None:
     if n_not_relaxed:
         complain(f"{n_not_relaxed} strained cells not relaxed; give a larger --fmax or more --steps", code=1)
-
-
-def _counter(shown: Any, what: str) -> Callable[[int, int], None]:
-    task = shown.add_task(what, total=None)
-    return lambda done, of: shown.update(task, completed=done, total=of)
 
 
 def _finish(paths: list[Path], rows: list[tuple[str, str]]) -> None:

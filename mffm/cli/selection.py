@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.progress import TaskID
 
-from mffm.cli.deployed import DeviceOption, FidelityOption, PotentialArgument, WeightsOption, bar
+from mffm.cli.deployed import DeviceOption, FidelityOption, PotentialArgument, WeightsOption
 from mffm.cli.output import EXIT_KEYBOARD, say
+from mffm.cli.progress import Stages
 
 
 def select(
@@ -52,15 +52,8 @@ def select(
         device, weights,
     )  # fmt: skip
     try:
-        with bar() as shown:
-            tasks: dict[str, TaskID] = {}
-
-            def progress(what: str, done: int, total: int | None) -> None:
-                if what not in tasks:
-                    tasks[what] = shown.add_task(what, total=total)
-                shown.update(tasks[what], completed=done)
-
-            found = run.select(potential, pool, options, out, progress)
+        with Stages() as shown:
+            found = run.select(potential, pool, options, out, shown)
     except KeyboardInterrupt:
         print("interrupted; the same command goes on where it stopped", file=sys.stderr)
         raise typer.Exit(EXIT_KEYBOARD) from None

@@ -9,7 +9,8 @@ from typer.core import TyperGroup
 
 from mffm.cli.cluster import find_cluster
 from mffm.cli.new_study import new
-from mffm.cli.output import EXIT_INTERRUPTED, complain, say
+from mffm.cli.output import complain, say
+from mffm.errors import EXIT_INTERRUPTED
 
 if TYPE_CHECKING:
     from mffm.executor import Executor

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 import typer
 from rich.table import Table
 
-from mffm.cli.output import EXIT_INPUT, EXIT_INTERRUPTED, console
+from mffm.cli.output import EXIT_INPUT, console
+from mffm.errors import EXIT_INTERRUPTED
 
 if TYPE_CHECKING:
     from mffm.config.recipe import Recipe
