@@ -2,11 +2,11 @@
 
 import os
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import forked
 import pytest
 import yaml
 
@@ -156,11 +156,9 @@ def run_mffm() -> Callable[..., subprocess.CompletedProcess[str]]:
     return mffm
 
 
-def mffm(*arguments: str, timeout: float = 280, **kwargs: Any) -> subprocess.CompletedProcess[str]:
+def mffm(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
     """Run the command line in a process of its own."""
-    return subprocess.run(
-        [sys.executable, "-m", "mffm", *arguments], capture_output=True, text=True, timeout=timeout, **kwargs
-    )
+    return forked.run(["-m", "mffm", *arguments], **options)
 
 
 # Options of tiny SevenNets: with parity, biases and irreps that the package infers; with modalities at every site.

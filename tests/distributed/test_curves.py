@@ -8,12 +8,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pytest
 import yaml
 
 ROOT = Path(__file__).parents[2]
 STEPS = 50
 
 
+@pytest.mark.slow
 def test_one_and_two_ranks_coincide_within_the_noise_floor(make_recipe: Callable[..., Path], tmp_path: Path):
     path = make_recipe(deepspeed={"zero_stage": 1})
     recipe = yaml.safe_load(path.read_text())

@@ -1,11 +1,10 @@
 """A rank that dies ends the job promptly, with one report that names it; the run then goes on."""
 
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
+import forked
 import pytest
 
 from mffm.training import checkpoint
@@ -16,9 +15,9 @@ PROMPTLY = 60.0  # seconds for a whole start of two ranks that fails; alone on t
 
 def torchrun(*arguments: str) -> tuple[int, str, str, float]:
     """Start two ranks; return exit code, what they said, what torchrun added to it, and seconds."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *arguments]
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *arguments]
     started = time.monotonic()
-    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    done = forked.run(command, timeout=200)
     said, mark, added = (done.stdout + done.stderr).partition("] failed (exitcode")
     return done.returncode, said, mark + added, time.monotonic() - started
 

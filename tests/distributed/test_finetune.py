@@ -2,10 +2,9 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
+import forked
 import pytest
 import yaml
 from safetensors.torch import load_file
@@ -28,8 +27,7 @@ def recipe(store: Path, run: Path, stage: int) -> dict:
 
 
 def on_two_ranks(*arguments: str) -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "mffm"]
-    done = subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=280)
+    done = forked.ranks(2, ["-m", "mffm", *arguments])
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
 
 

@@ -2,11 +2,10 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import forked
 import pytest
 import torch
 import yaml
@@ -22,18 +21,9 @@ HERE = Path(__file__).parent
 SHAPES = {"1x4": (1, 150), "2x2": (2, 150), "4x1": (4, 150)}
 
 
-def torchrun(ranks: int, *arguments: str, ok: bool = True) -> str:
+def on_ranks(ranks: int, *arguments: str, ok: bool = True) -> str:
     """Run Python's arguments on so many ranks and return what they print on stderr."""
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        str(ranks),
-        *arguments,
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=280)
+    done = forked.ranks(ranks, list(arguments), timeout=800)
     assert (done.returncode == 0) == ok, done.stdout[-2000:] + done.stderr[-4000:]
     return done.stderr
 
@@ -49,7 +39,7 @@ def gradient(make_recipe: Callable[..., Path], tmp_path: Path):
         base = yaml.safe_load(make_recipe("base").read_text())
         recipe = make_recipe(f"{shape}-{mode}", data=plan_section(base, edges))
         output = tmp_path / f"{shape}-{mode}.safetensors"
-        torchrun(ranks, str(HERE / "gradients.py"), str(recipe), str(output), mode)
+        on_ranks(ranks, str(HERE / "gradients.py"), str(recipe), str(output), mode)
         return load_file(output)
 
     return compute
@@ -76,19 +66,30 @@ def test_gradient_in_fp32_through_the_engine(gradient):
         assert worst(reference, gradient(shape, "engine")) < 1e-6
 
 
-def test_every_stage_learns_what_one_process_learns(molecule_store: Path, tmp_path: Path):
+ALL = ["--offload", "optimizer,optimizer_and_parameters", "--optimizers", "soap"]
+
+
+@pytest.mark.parametrize(
+    ("options", "n_combinations"),
+    [
+        (["--stages", "3"], 2 * 6 * 2),
+        pytest.param(ALL, 4 * 2 * 6 * 2 + (4 + 1) * 2 * 2, marks=[pytest.mark.slow, pytest.mark.timeout(900)]),
+    ],
+    ids=["stage 3", "all"],
+)
+def test_every_stage_learns_what_one_process_learns(
+    molecule_store: Path, tmp_path: Path, options: list[str], n_combinations: int
+):
     """Stages × models × ways to deal out a batch × microbatches, against plain torch; fp32, relative 1e-5.
 
     And the four of offloading, as far as it runs without a GPU, and SOAP at stage 0, for both models
     with clipping.
     """
     output = tmp_path / "parity.json"
-    kinds = "optimizer,optimizer_and_parameters"
-    others = ["--offload", kinds, "--optimizers", "soap"]
-    torchrun(2, "-m", "mffm.selftest.parity", str(molecule_store), str(output), *others)
+    on_ranks(2, "-m", "mffm.selftest.parity", str(molecule_store), str(output), *options)
     rows = json.loads(output.read_text())
     keys = ("stage", "offload", "optimizer", "model", "case", "microbatches")
-    assert len({tuple(row[k] for k in keys) for row in rows}) == len(rows) == 4 * 2 * 6 * 2 + (4 + 1) * 2 * 2
+    assert len({tuple(row[k] for k in keys) for row in rows}) == len(rows) == n_combinations
     assert max(max(row["gradient_error"], row["parameter_error"]) for row in rows) < 1e-5
     assert all(row["passed"] for row in rows)
 
@@ -106,7 +107,7 @@ def copied(run: Path, target: Path, step: int) -> Path:
 def test_every_stage_goes_on_from_every_stage(molecule_store: Path, tmp_path: Path):
     """3 steps, a checkpoint, 3 steps: bit for bit at the same stage, up to the order of sums at another."""
     output = tmp_path / "resume.json"
-    torchrun(2, "-m", "mffm.selftest.resume", str(molecule_store), str(output))
+    on_ranks(2, "-m", "mffm.selftest.resume", str(molecule_store), str(output))
     rows = json.loads(output.read_text())
     assert {(row["from"], row["to"]) for row in rows} == {(s, t) for s in range(4) for t in range(4)}
     for row in rows:
@@ -117,7 +118,7 @@ def test_two_ranks_then_one_then_two_like_two(molecule_store: Path, tmp_path: Pa
     """At every stage: the same global batches, and weights, average and moments up to rounding."""
     output = tmp_path / "elastic.json"
     for ranks in (2, 1, 2):
-        torchrun(
+        on_ranks(
             ranks, "-m", "mffm.selftest.resume", str(molecule_store), str(output), "--elastic", str(tmp_path / "e")
         )
     rows = json.loads(output.read_text())
@@ -134,7 +135,7 @@ def test_run_at_stage_3_with_offloading_resumes_exactly(make_recipe: Callable[..
         optim={"clip": 0.01},
         train={"steps": 6, "save_every": 3, "validate_every": 6},
     )
-    torchrun(2, "-m", "mffm", "train", str(recipe))
+    on_ranks(2, "-m", "mffm", "train", str(recipe))
     final = run / "checkpoints" / "step-00000006"
     ema, last = load_file(final / "ema.safetensors"), load_file(run / "weights" / "last.safetensors")
     shapes = {k: v.shape for k, v in prepare(load(Recipe, recipe)).potential.state_dict().items()}
@@ -143,7 +144,7 @@ def test_run_at_stage_3_with_offloading_resumes_exactly(make_recipe: Callable[..
     rows = [json.loads(s) for s in (run / "metrics.jsonl").read_text().splitlines()]
     assert all(r["grad_norm"] > 0.01 for r in rows if "grad_norm" in r)
     again = copied(run, tmp_path / "again", 3)
-    torchrun(2, "-m", "mffm", "resume", str(again))
+    on_ranks(2, "-m", "mffm", "resume", str(again))
     for name in ("model.safetensors", "ema.safetensors", "optimizer.safetensors"):
         assert (again / "checkpoints" / final.name / name).read_bytes() == (final / name).read_bytes(), name
     assert [r["val/loss"] for r in rows if "val/loss" in r] == [
@@ -153,7 +154,7 @@ def test_run_at_stage_3_with_offloading_resumes_exactly(make_recipe: Callable[..
 
 def test_bundle_of_a_sick_step_at_stage_3_holds_whole_weights(make_recipe: Callable[..., Path], tmp_path: Path):
     recipe = make_recipe(deepspeed={"zero_stage": 3}, optim={"lr": 1e20, "warmup_steps": 0})
-    failed = torchrun(2, "-m", "mffm", "train", str(recipe), ok=False)
+    failed = on_ranks(2, "-m", "mffm", "train", str(recipe), ok=False)
     assert "not finite" in failed
     (bundle,) = (tmp_path / "run" / "quarantine").iterdir()
     assert bundle.name != "step-00000000"  # healthy until the first update
@@ -173,7 +174,7 @@ def test_two_ranks_train_like_one(make_recipe: Callable[..., Path], tmp_path: Pa
             data=plan_section(base, edges),
             deepspeed={"zero_stage": 1 if ranks == 2 else 0},
         )
-        torchrun(ranks, "-m", "mffm", "train", str(recipe))
+        on_ranks(ranks, "-m", "mffm", "train", str(recipe))
         rows = [json.loads(s) for s in (run / "metrics.jsonl").read_text().splitlines()]
         curves[ranks] = [r for r in rows if "train/loss" in r]
         weights[ranks] = load_file(run / "weights" / "raw.safetensors")

@@ -6,14 +6,13 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import forked
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 
 def test_two_ranks_give_one_plot_to_every_tracker(make_recipe: Callable[..., Path], tmp_path: Path):
     recipe = make_recipe(log={"wandb": "offline", "tensorboard": True}, train={"steps": 4, "validate_every": 2})
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [sys.executable, *launcher, "-m", "mffm", "train", str(recipe)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=280)
+    done = forked.ranks(2, ["-m", "mffm", "train", str(recipe)])
     assert done.returncode == 0, done.stderr[-4000:]
     run = tmp_path / "run"
     plot = (run / "plots" / "validation.png").read_bytes()

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import forked
 import pytest
 
 ROOT = Path(__file__).parents[2]
@@ -23,7 +24,10 @@ def test_marked_commands_run(page: Path, tmp_path: Path):
         pytest.skip(f"{page.name} takes public data from $MFFM_DATA, which is not set")
     for name in ("configs", "data", "tools", "docs/studies"):
         shutil.copytree(ROOT / name, tmp_path / name)
-    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
+    (tmp_path / ".bin").mkdir()
+    forked.command(tmp_path / ".bin")
+    path = f"{tmp_path / '.bin'}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+    environment = {**os.environ, "PATH": path, "OMP_NUM_THREADS": "1"}
     for block in MARKED.findall(page.read_text()):
         for line in block.splitlines():
             if not line.startswith("$ ") or ("${MFFM_DATA}" in line and "MFFM_DATA" not in os.environ):

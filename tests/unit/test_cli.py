@@ -12,14 +12,14 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import forked
 import pytest
 import yaml
+from typer.testing import CliRunner
 
 
 def mffm(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "mffm", *arguments], capture_output=True, text=True, timeout=280, cwd=cwd
-    )
+    return forked.run(["-m", "mffm", *arguments], cwd=cwd)
 
 
 def refused(*arguments: str) -> str:
@@ -45,10 +45,12 @@ def test_starts_in_under_a_second_and_without_torch(command: list[str]):
 
 
 def test_every_command_has_help():
-    shown = mffm("--help").stdout
+    from mffm.cli import app
+
+    shown = CliRunner().invoke(app, ["--help"]).stdout
     for command in ("ingest", "references", "train", "resume", "evaluate", "release", "edges", "verify"):
         assert command in shown
-        assert mffm(command, "--help").returncode == 0
+        assert CliRunner().invoke(app, [command, "--help"]).exit_code == 0
 
 
 def test_unknown_key(make_recipe: Callable[..., Path]):
@@ -200,13 +202,13 @@ def test_full_disk_while_saving_leaves_what_was_written(make_recipe: Callable[..
         f"resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit})); sys.argv = ['mffm', 'resume', {str(run)!r}]; "
         "from mffm.cli import main; main()"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=280)
+    done = forked.run(["-c", code])
     assert done.returncode == 2, done.stderr
     assert "Traceback" not in done.stderr
     assert [p for p, content in before.items() if p != log and p.read_bytes() != content] == []
     assert log.read_bytes().startswith(before[log])
     small = code.replace(f"({limit}, {limit})", "(600, 600)")
-    done = subprocess.run([sys.executable, "-c", small], capture_output=True, text=True, timeout=280)
+    done = forked.run(["-c", small])
     assert done.returncode == 2, done.stderr
     assert "recipe.yaml: cannot be written" in done.stderr
     assert (run / "recipe.yaml").read_bytes() == before[run / "recipe.yaml"]

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import forked
 import numpy as np
 import pytest
 import yaml
@@ -79,9 +80,9 @@ def make(tmp_path: Path, molecule_store: Path, tiny_release: Path) -> Callable[.
     return write
 
 
-def start(config: Path, *overrides: str, **kwargs: Any) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "mffm", "active", str(config), *overrides, "--folder", str(config.parent / "run")]
-    return subprocess.run(command, capture_output=True, text=True, timeout=280, **kwargs)
+def start(config: Path, *overrides: str, **options: Any) -> subprocess.CompletedProcess[str]:
+    command = ["-m", "mffm", "active", str(config), *overrides, "--folder", str(config.parent / "run")]
+    return forked.run(command, **options)
 
 
 def ends(config: Path) -> dict[str, Any]:

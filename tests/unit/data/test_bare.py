@@ -1,12 +1,11 @@
 """Edges made on the device: the batch of the host's lists, its energies and forces, and a training's losses."""
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 
+import forked
 import numpy as np
 import pytest
 import torch
@@ -241,9 +240,7 @@ def test_training_loses_the_same(crystal_store: Path, tmp_path: Path, tiny_recip
         recipe["train"] |= {"steps": 10, "validate_every": 10, "save_every": 10}
         recipes.append(tmp_path / f"{neighbors}.yaml")
         recipes[-1].write_text(yaml.safe_dump(recipe))
-    done = subprocess.run(
-        [sys.executable, "-c", TRAIN_ALL, *map(str, recipes)], capture_output=True, text=True, timeout=240
-    )
+    done = forked.run(["-c", TRAIN_ALL, *map(str, recipes)])
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.split() == ["0", "21"]  # ten steps of two microbatches, and the preflight's batch
     rows = [

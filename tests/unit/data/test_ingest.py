@@ -364,17 +364,28 @@ def run_ingest(folder: Path, extra: str = "") -> subprocess.Popen:
     return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
+_LARGE: dict[str, str] = {}  # texts and fingerprint, made once
+
+
 @pytest.fixture
 def large(structures, write_frames, data_config, tmp_path):
     """2600 frames in two files that pair up, shards of 300, and the fingerprint of an ingest that nothing disturbed."""
-    frames = [structures.crystal() for _ in range(1300)]
-    write_frames("a.extxyz", frames)
-    write_frames("b.extxyz", [{**f, "energy": f["energy"]} for f in frames[::-1]])
-    (tmp_path / "b.extxyz").write_text((tmp_path / "b.extxyz").read_text().replace(" energy=", " cc="))
+    files = tmp_path / "a.extxyz", tmp_path / "b.extxyz"
+    if _LARGE:
+        for path in files:
+            path.write_text(_LARGE[path.name])
+    else:
+        frames = [structures.crystal() for _ in range(1300)]
+        write_frames("a.extxyz", frames)
+        write_frames("b.extxyz", frames[::-1])
+        files[1].write_text(files[1].read_text().replace(" energy=", " cc="))
     labels = {"pbe": {"energy": "energy", "forces": "forces"}, "ccsdt": {"energy": "cc"}}
     config = data_config(["a.extxyz", "b.extxyz"], source_labels=labels, shard_frames=300)
     (tmp_path / "data.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
-    return config, ingest(config, tmp_path, tmp_path / "undisturbed", progress=False).fingerprint
+    if not _LARGE:
+        fingerprint = ingest(config, tmp_path, tmp_path / "undisturbed", progress=False).fingerprint
+        _LARGE.update({path.name: path.read_text() for path in files}, fingerprint=fingerprint)
+    return config, _LARGE["fingerprint"]
 
 
 @pytest.mark.parametrize(

@@ -59,7 +59,7 @@ def test_any_number_of_workers_makes_the_same_store(two_files, tmp_path, monkeyp
     if not whole_files:
         monkeypatch.setattr(module, "_WHOLE_TEXT_BYTES", 0)
     expected = None
-    for workers in (1, 2, 4):
+    for workers in (1, 3):
         folder = tmp_path / f"by-{workers}"
         report = ingest(two_files.model_copy(update={"workers": workers}), tmp_path, folder, progress=False)
         assert (report.n_frames, report.n_merged, report.n_rejected) == (500, 475, 25)
@@ -165,7 +165,7 @@ def check_killed(two_files, tmp_path, undisturbed, seeds) -> None:
 
 
 def test_killed_at_random_moments(two_files, tmp_path, undisturbed):
-    check_killed(two_files, tmp_path, undisturbed, range(2))
+    check_killed(two_files, tmp_path, undisturbed, [1])
 
 
 @pytest.mark.slow

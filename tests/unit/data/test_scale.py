@@ -30,6 +30,7 @@ def stores(tmp_path_factory):
     return folder / "150000", folder / "1500000"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("start", ["here", "fork", "spawn"])
 def test_private_memory_does_not_depend_on_the_size_of_the_set(stores, start):
     """Ten times the frames, the same private bytes within 5 %; columns in memory would be 25 MB more."""

@@ -187,17 +187,16 @@ def kit() -> SimpleNamespace:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Every law runs on every backbone with every conditioning and every kind of heads."""
+    """Every law runs on the default backbone with every conditioning and every kind of heads, on each of the others
+    with each conditioning and each kind of heads: they meet the backbone at its ends, whatever its sizes.
+    """
     if "potential" in metafunc.fixturenames:
-        kinds = itertools.product(
-            BACKBONES, ("none", "onehot", "embedding", "film"), ("shared", "independent", "delta")
-        )
-        some = {  # they meet these backbones at their ends only
-            "escn": {("none", "shared"), ("onehot", "delta"), ("film", "independent")},
-            "sevennet": {("none", "shared"), ("onehot", "delta"), ("embedding", "independent")},
-        }
-        chosen = [kind for kind in kinds if kind[0] not in some or kind[1:] in some[kind[0]]]
-        metafunc.parametrize("potential", chosen, indirect=True, ids="-".join)
+        conditionings = ("none", "onehot", "embedding", "film")
+        whole = itertools.product(["default"], conditionings, ("shared", "independent", "delta"))
+        pairs = list(zip(conditionings, ("shared", "delta", "independent", "shared"), strict=True))
+        some = [(name, *pair) for name in BACKBONES if name != "default" for pair in pairs]
+        some.remove(("sevennet", "film", "shared"))  # which is none of SevenNet's
+        metafunc.parametrize("potential", [*whole, *some], indirect=True, ids="-".join)
 
 
 @pytest.fixture

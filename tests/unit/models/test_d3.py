@@ -155,6 +155,7 @@ def test_the_learned_part_learns_the_rest(both: tuple[Potential, Potential], kit
     rest = {n: getattr(a, n) - getattr(b, n) for n in ("energy", "forces", "stress")}
     gradients = []
     for model, offset in ((potential, 0.0), (plain, 1.0)):
+        model.zero_grad()  # another test may have left some
         model.train()
         p = model(batch, stress=True)
         loss = sum((getattr(p, n) - 0.3 + offset * value).square().sum() for n, value in rest.items())

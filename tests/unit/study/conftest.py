@@ -2,12 +2,11 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import forked
 import pytest
 import yaml
 
@@ -113,7 +112,7 @@ def train_all(commands: Sequence[tuple[str, str]]) -> None:
 
     Not in pytest's: a training there leaves a process group and its port behind.
     """
-    done = subprocess.run([sys.executable, "-c", TRAIN_ALL, json.dumps(commands)], capture_output=True, text=True)
+    done = forked.run(["-c", TRAIN_ALL, json.dumps(commands)], timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
 
 

@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import forked
 import numpy as np
 import pytest
 import torch
@@ -74,9 +75,7 @@ def runs(tiny_release: Path, molecule_store: Path, tmp_path_factory: pytest.Temp
         })  # fmt: skip
         (folder / f"{name}.yaml").write_text(yaml.safe_dump(recipe))
     recipes = [str(folder / f"{name}.yaml") for name in MODES]
-    done = subprocess.run(
-        [sys.executable, "-c", RUN_ALL, str(tiny_release), *recipes], capture_output=True, text=True, timeout=280
-    )
+    done = forked.run(["-c", RUN_ALL, str(tiny_release), *recipes])
     assert done.returncode == 0, done.stderr[-3000:]
     return {name: folder / name for name in MODES}
 

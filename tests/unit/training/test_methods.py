@@ -1,11 +1,10 @@
 """Every published method is a recipe that trains: what it draws, which labels it uses, what it leaves out."""
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import forked
 import numpy as np
 import pytest
 import torch
@@ -69,9 +68,7 @@ def runs(
         recipe["train"] |= TRAINING.get(name, {})
         recipes.append(folder / f"{name}.yaml")
         recipes[-1].write_text(yaml.safe_dump(recipe))
-    done = subprocess.run(
-        [sys.executable, "-c", RUN_ALL, *map(str, recipes)], capture_output=True, text=True, timeout=280
-    )
+    done = forked.run(["-c", RUN_ALL, *map(str, recipes)])
     assert done.returncode == 0, done.stderr[-4000:]
     return {name: folder / name for name in METHODS}
 
@@ -199,9 +196,7 @@ def test_fine_tune_starts_as_its_parent_with_refitted_references(
     data = {**base["data"], "plan": {"pools": [{**HF, "max_frames": 30}], "edge_budget": 600}}
     model = {"conditioning": {"kind": "none"}, "heads": {"kind": "shared", "hidden": [8]}, "init_from": {"pbe": "gfn2"}}
     bad = make_recipe("bad", data=data, model=model, start_from=str(runs["idle"]))
-    refused = subprocess.run(
-        [sys.executable, "-m", "mffm", "train", str(bad)], capture_output=True, text=True, timeout=200
-    )
+    refused = forked.run(["-m", "mffm", "train", str(bad)])
     assert refused.returncode == 2, refused.stderr
     assert "heads" in refused.stderr
 
@@ -212,9 +207,7 @@ def test_fine_tune_starts_as_its_parent_with_refitted_references(
     }
     optim = {"lr": 1e-9, "ema_decay": 0.0, "warmup_steps": 0}
     recipe = make_recipe("good", data=data, model=model, start_from=str(runs["sevennet_mf"]), optim=optim)
-    done = subprocess.run(
-        [sys.executable, "-m", "mffm", "train", str(recipe)], capture_output=True, text=True, timeout=200
-    )
+    done = forked.run(["-m", "mffm", "train", str(recipe)])
     assert done.returncode == 0, done.stderr
     run = Path(yaml.safe_load(recipe.read_text())["run"])
     at_start = next(r for r in rows(run) if "val/pbe/energy_mae" in r)

@@ -5,21 +5,19 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
+import forked
 import pytest
 from safetensors.torch import load_file
 
 TRAIN = {"steps": 20, "validate_every": 5, "save_every": 10, "log_every": 1, "threads": 1, "keep": 3}
 
 
-def mffm(*arguments: str, **kwargs) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "-m", "mffm", *arguments], capture_output=True, text=True, timeout=240, **kwargs
-    )
+def mffm(*arguments: str, **options) -> subprocess.CompletedProcess:
+    return forked.run(["-m", "mffm", *arguments], **options)
 
 
 def bytes_of(run: Path, step: int = 20) -> dict[str, bytes]:
@@ -36,9 +34,8 @@ def losses(run: Path) -> list[dict]:
 
 def start_and_signal(recipe: Path, run: Path, number: int, after_step: int) -> int:
     """Start a run, send a signal once a metric row of ``after_step`` is there; return the exit code."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "mffm", "train", str(recipe)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
+    with open(os.devnull, "w") as nothing:
+        process = forked.start(["-m", "mffm", "train", str(recipe)], nothing, nothing)
     deadline = time.monotonic() + 180
     try:
         while time.monotonic() < deadline and process.poll() is None:
