@@ -159,6 +159,8 @@ class Loop:
                 labelled=[self.store_path],
                 level=self.fidelity,
                 elements=options.elements,
+                elements_first=options.elements_first,
+                covered=self._covered(),
                 per_formula=options.per_formula,
                 max_std=options.max_std,
                 seed=self.config.seed + number,
@@ -173,6 +175,14 @@ class Loop:
         rows = origin.rows[found.candidates[[pick.index for pick in found.picks]]]
         write_json(place / CHOSEN, _described(store, rows.tolist()))
         return list(rows.tolist())
+
+    def _covered(self) -> list[int]:
+        """Return the atomic numbers in the training labels of the new level."""
+        store = self.store
+        if self.fidelity not in store.fidelities:
+            return []
+        rows = store.rows(split="train", fidelity=self.fidelity)
+        return list(np.flatnonzero(store.composition(rows).any(axis=0)).tolist()) if len(rows) else []
 
     def _label(self, rows: list[int], layer: str) -> None:
         settings = self.config.label

@@ -20,6 +20,9 @@ class Limits:
         budget: sum of the costs of the picks, at most.
         formulas: [n_candidates] int, equal for equal formulas.
         per_formula: picks of one formula, at most.
+        elements: [n_candidates, n_elements] bool, what each candidate is made of. While there is a candidate with an
+            element that is neither in ``covered`` nor in a pick, only those are picked from. None: no such rule.
+        covered: [n_elements] bool.
     """
 
     n: int | None
@@ -27,6 +30,8 @@ class Limits:
     budget: float
     formulas: np.ndarray
     per_formula: int | None
+    elements: np.ndarray | None = None
+    covered: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -49,12 +54,15 @@ def greedy(
         by_cost: divide gains by costs; not for a random choice.
 
     With a budget the picks of ``MaxDet`` are given up for the best single one where that gains more than all of them:
-    what bounds the loss of a greedy choice.
+    what bounds the loss of a greedy choice. Not where elements come first: their picks are needed whatever they gain.
     """
     allowed = allowed.copy()
     price = limits.costs if by_cost else None
     used = np.zeros(int(limits.formulas.max(initial=0)) + 1, np.int64)
     left = limits.budget
+    lacking = None  # [n_candidates, n_elements] bool
+    if limits.elements is not None:
+        lacking = limits.elements if limits.covered is None else limits.elements & ~limits.covered
     alone = _best_alone(criterion, limits, allowed, note)
     picks: list[Pick] = []
     total = 0.0
@@ -63,9 +71,14 @@ def greedy(
             allowed &= limits.costs <= left
         if not allowed.any():
             break
-        gains = criterion.gains(allowed)
+        offered = allowed
+        if lacking is not None and (allowed & lacking.any(axis=1)).any():
+            offered = allowed & lacking.any(axis=1)
+        gains = criterion.gains(offered)
         values = gains if price is None else gains / price
-        best = int(np.argmax(np.where(allowed, values, -np.inf)))
+        best = int(np.argmax(np.where(offered, values, -np.inf)))
+        if lacking is not None and limits.elements is not None:
+            lacking = lacking & ~limits.elements[best]
         picks.append(Pick(best, float(values[best]), note(best)))
         total += float(gains[best])
         criterion.add(best)
@@ -83,7 +96,9 @@ def _best_alone(
     criterion: Criterion, limits: Limits, allowed: np.ndarray, note: Callable[[int], Any]
 ) -> tuple[Pick, float] | None:
     """Return the affordable candidate of the largest gain, and that gain, where gains add up to a sum: log det."""
-    if not isinstance(criterion, MaxDet) or limits.costs is None or math.isinf(limits.budget):
+    if limits.costs is None or math.isinf(limits.budget) or limits.elements is not None:
+        return None
+    if not isinstance(criterion, MaxDet):
         return None
     gains = np.where(allowed & (limits.costs <= limits.budget), criterion.gains(allowed), -np.inf)
     best = int(np.argmax(gains))

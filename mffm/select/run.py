@@ -39,6 +39,8 @@ class Options:
         level: rows of a store with a label of it count as labelled; None: none of the pool's, all of ``labelled``'s.
         split: of a store as the pool; "all": any.
         elements: only structures of these.
+        elements_first: pick structures with an element that no label has before others.
+        covered: atomic numbers that labels have; None: those of all that is labelled already.
         per_formula: at most so many of a formula.
         max_std: meV/atom; what is less certain is never chosen.
         ensemble: further releases, whose spread is σ; without them the last layer's.
@@ -55,6 +57,8 @@ class Options:
     level: str | None = None
     split: str = "train"
     elements: Sequence[str] = ()
+    elements_first: bool = False
+    covered: Sequence[int] | None = None
     per_formula: int | None = None
     max_std: float | None = None
     ensemble: Sequence[Path] = ()
@@ -287,10 +291,26 @@ def _pick(found: Selection) -> None:
     if not n_left:
         raise InputError("nothing to choose from: " + "; ".join(f"{n} {why}" for why, n in found.left_out.items() if n))
     criterion = _criterion(found)
-    limits = Limits(options.n, found.costs, budget, formula, options.per_formula)
+    limits = Limits(options.n, found.costs, budget, formula, options.per_formula, *_elements(found))
     note = _noted(criterion)
     found.ridge = criterion.ridge if isinstance(criterion, MaxDet) else None
     found.picks = greedy(criterion, limits, np.ones(n_left, bool), note, by_cost=options.by != "random")
+
+
+def _elements(found: Selection) -> tuple[np.ndarray | None, np.ndarray | None]:
+    """Return which elements are in the candidates, and which in labels: [n, n_elements] and [n_elements] bool."""
+    if not found.options.elements_first:
+        return None, None
+    covered = np.zeros(len(chemical_symbols), bool)
+    if found.options.covered is not None:
+        covered[list(found.options.covered)] = True
+    else:
+        for one in found.labelled.all:
+            covered[one.geometry[0]] = True
+    elements = np.zeros((len(found.candidates), len(chemical_symbols)), bool)
+    for row, index in enumerate(found.candidates.tolist()):
+        elements[row, found.pool.all[index].geometry[0]] = True
+    return elements, covered
 
 
 def _criterion(found: Selection) -> Criterion:

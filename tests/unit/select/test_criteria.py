@@ -123,3 +123,20 @@ def test_so_many_of_a_formula(points):
     formulas = np.arange(len(x)) % 3
     found = picks(Distances(x, labelled), len(x), formulas=formulas, per_formula=4)
     assert np.bincount(formulas[found]).tolist() == [4, 4, 4]
+
+
+def test_elements_that_no_label_has_come_first(points):
+    """Element 3 is in one candidate in fifty, 2 in one in ten; 1 has labels. Then the criterion's own order goes on."""
+    x, labelled = points
+    elements = np.zeros((len(x), 4), bool)
+    elements[:, 1], elements[::10, 2], elements[7::50, 3] = True, True, True
+    covered = np.array([False, True, False, False])
+    for by in (lambda: Random(len(x), 5), lambda: Distances(x, labelled), lambda: LargestCluster(x, labelled)):
+        limits = Limits(20, None, math.inf, np.zeros(len(x), np.int64), None, elements, covered)
+        found = [p.index for p in greedy(by(), limits, np.ones(len(x), bool), lambda i: None)]
+        assert elements[found[:2], 2:].any(axis=0).all()
+        plain = picks(by(), len(x), 20)
+        assert not elements[plain[:2], 2:].any(axis=0).all(), "without the rule they are not among the first"
+    limits = Limits(20, None, math.inf, np.zeros(len(x), np.int64), None, elements, np.ones(4, bool))
+    every = [p.index for p in greedy(Distances(x, labelled), limits, np.ones(len(x), bool), lambda i: None)]
+    assert every == picks(Distances(x, labelled), len(x), 20), "where labels have every element nothing changes"
