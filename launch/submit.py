@@ -243,10 +243,17 @@ def slurm_parameters(cluster: ClusterConfig, after: str | None, behind: str | No
 
 def with_absolute_paths(recipe: Recipe) -> Recipe:
     """Return the recipe with absolute paths: a job may start in another folder."""
-    store = str(Path(recipe.data.store).resolve())
+    pools = [
+        pool if pool.only is None else pool.model_copy(update={"only": str(Path(pool.only).resolve())})
+        for pool in recipe.data.plan.pools
+    ]
+    data = {
+        "store": str(Path(recipe.data.store).resolve()),
+        "plan": recipe.data.plan.model_copy(update={"pools": pools}),
+    }
     update: dict[str, Any] = {
         "run": str(Path(recipe.run_folder).resolve()),
-        "data": recipe.data.model_copy(update={"store": store}),
+        "data": recipe.data.model_copy(update=data),
     }
     if recipe.start_from is not None:
         update["start_from"] = str(Path(recipe.start_from).resolve())

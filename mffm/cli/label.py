@@ -52,11 +52,12 @@ def label(
     ] = None,
 ) -> None:
     """Compute the labels of another level of theory for structures; the same command goes on after a kill."""
+    from mffm.data.named import rows_in
     from mffm.data.store import Store
     from mffm.executor import handling_stops
     from mffm.label import levels, run
     from mffm.label.journal import Limits
-    from mffm.label.structures import Source, rows_of
+    from mffm.label.structures import Source
     from mffm.label.work import Request
 
     source = Source.of(sources)
@@ -67,7 +68,7 @@ def label(
         out = out or Path(f"{sources[0].stem}_{name}.extxyz")
     else:
         _refuse_option("--out", out, "files")
-    rows = None if only is None or source.store is None else rows_of(Store(source.store), only)
+    rows = None if only is None or source.store is None else tuple(rows_in(Store(source.store), only).tolist())
     request = Request(source, level, fidelity, n, seed, rows)
     where = layer or name
     place = run.place_of(request, where, out).resolve()

@@ -49,7 +49,7 @@ def merge(
 def subset(
     store: StoreArgument,
     out: OutArgument,
-    ids: Annotated[Path | None, typer.Option(help="text file of frame ids, one a line")] = None,
+    ids: Annotated[Path | None, typer.Option(help="file of frame ids, one a line (.txt), or of structures")] = None,
     fidelity: Annotated[list[str] | None, typer.Option(help="with a label of it; repeatable: of each")] = None,
     elements: Annotated[str | None, typer.Option(help="of these elements only: C,H,O")] = None,
     split: Annotated[str | None, typer.Option(help="of this split")] = None,
@@ -63,12 +63,7 @@ def subset(
 
     opened = Store(store)
     symbols = [] if elements is None else [symbol.strip() for symbol in elements.split(",")]
-    names = None
-    if ids is not None:
-        names = [line.strip() for line in ids.read_text().splitlines() if line.strip()]
-        if not names:
-            raise InputError(f"{ids}: no ids there; expected one a line")
-    rows = module.chosen_rows(opened, names, fidelity or (), symbols, split, count, fraction, seed)
+    rows = module.chosen_rows(opened, ids, fidelity or (), symbols, split, count, fraction, seed)
     asked: dict[str, Any] = {
         "ids": None if ids is None else str(ids),
         "fidelities": fidelity or [],

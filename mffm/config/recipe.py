@@ -22,6 +22,10 @@ class PoolConfig(Schema):
     properties: list[Property] = Field(
         default=["energy", "forces"], min_length=1, description="labels that the loss uses"
     )
+    only: str | None = Field(
+        None,
+        description="file of the frames: ids, one a line (.txt), or structures as `mffm select` writes",
+    )
     max_frames: int | None = Field(
         None, ge=1, description="use only so many frames, chosen by a hash of the seed: nested for growing numbers"
     )

@@ -22,6 +22,11 @@ _MARGIN = 3 * SAME_WITHIN
 _coefficients = np.zeros((_N_PROJECTIONS, 0))
 
 
+def digest16(text: str) -> bytes:
+    """Return what an index has instead of a name: 16 bytes."""
+    return hashlib.blake2b(text.encode(), digest_size=16).digest()
+
+
 def complete_cell(cell: np.ndarray, pbc: np.ndarray) -> np.ndarray:
     """Return a cell [3, 3] that can be inverted: directions that are not periodic become unit vectors normal to the
     rest.

@@ -13,13 +13,13 @@ from mffm.config.data import DataConfig
 from mffm.data import records
 from mffm.data.checks import check_store, conflict
 from mffm.data.finish import close_layer, write_label_shards
-from mffm.data.identity import lookup_keys, same_geometry
+from mffm.data.identity import digest16, lookup_keys, same_geometry
 from mffm.data.ingest import Settings, Work, fidelities_of, fidelity_table, process, source_files
 from mffm.data.readers import READERS, reader_name, wanted
 from mffm.data.readers.convert import RejectedFrame
 from mffm.data.records import row_key
 from mffm.data.shards import save_columns
-from mffm.data.staging import MAP_BYTES, Item, digest16
+from mffm.data.staging import MAP_BYTES, Item
 from mffm.data.store import NO_CHARGE, Store, combined_fingerprint
 from mffm.data.workers import Meter, Workers
 from mffm.errors import InputError, known

@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from mffm.config.recipe import PlanConfig, PoolConfig
+from mffm.data.named import rows_in
 from mffm.data.permutation import mix
+from mffm.data.records import file_sha256
 from mffm.errors import InputError, known
 from mffm.fidelity import FidelityTable
 from mffm.keys import N_ELEMENTS, PROPERTIES, Property
@@ -169,6 +171,13 @@ def _labelled_rows(store: Store, entry: PoolConfig, where: str) -> tuple[np.ndar
             f"{', '.join(f'{p} {n}' for p, n in counts.items()) or 'none'}; "
             "change the pool's split, source or properties"
         )
+    if entry.only is not None:
+        rows = np.intersect1d(rows, rows_in(store, Path(entry.only)), assume_unique=True)
+        if not len(rows):
+            raise InputError(
+                f"{where}.only: none of the frames that {entry.only} names is in split {entry.split!r} with a label of "
+                f"fidelity {entry.fidelity!r} for {', '.join(entry.properties)}; label them, or name others"
+            )
     live = np.zeros(len(rows), np.uint8)
     for prop, mask in masks.items():
         live |= mask[rows].view(np.uint8) * bit(prop)
@@ -185,7 +194,9 @@ class KeptPools:
         self._of = [1, store.fingerprint, store.edges_fingerprint(cutoff)]
 
     def _name(self, entry: PoolConfig) -> str:
-        choice = entry.model_dump(mode="json", exclude={"weight"})
+        choice = entry.model_dump(mode="json", exclude={"weight", "only"} if entry.only is None else {"weight"})
+        if entry.only is not None:
+            choice["only"] = file_sha256(Path(entry.only))
         return hashlib.sha256(json.dumps([*self._of, choice], sort_keys=True).encode()).hexdigest()[:16]
 
     def read(self, entry: PoolConfig, name: str, fidelity_idx: int) -> Pool | None:

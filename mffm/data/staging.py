@@ -6,7 +6,6 @@ stay until every source was read, because a later file may add to an earlier fra
 """
 
 import fcntl
-import hashlib
 import json
 import shutil
 import struct
@@ -22,7 +21,7 @@ import numpy as np
 
 from mffm.data import parts, records, shards
 from mffm.data.checks import conflict
-from mffm.data.identity import same_geometry
+from mffm.data.identity import digest16, same_geometry
 from mffm.data.parts import EXTENT, Extent, PartReader
 from mffm.data.readers.convert import RejectedFrame
 from mffm.data.records import row_key
@@ -76,10 +75,6 @@ def new_state(config_hash: str, cutoffs: Sequence[float], n_layers: int) -> dict
         "layer_rows": [0] * n_layers,
         "layer_shards": [[] for _ in range(n_layers)],
     }
-
-
-def digest16(text: str) -> bytes:
-    return hashlib.blake2b(text.encode(), digest_size=16).digest()
 
 
 class Staging:

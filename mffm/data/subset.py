@@ -17,8 +17,8 @@ from mffm.data import pools, records, shards
 from mffm.data.finish import Contents, geometry_fingerprint, write_manifest
 from mffm.data.layers import write_layer
 from mffm.data.merge import counted, refuse_existing
+from mffm.data.named import rows_in
 from mffm.data.splits import Splitter
-from mffm.data.staging import digest16
 from mffm.data.store import Layer, Store, combined_fingerprint
 from mffm.data.workers import Meter
 from mffm.errors import InputError, known
@@ -29,7 +29,7 @@ _BLOCK = 8192  # rows at a time: 8 MB of compositions
 
 def chosen_rows(
     store: Store,
-    ids: Sequence[str] | None = None,
+    ids: Path | None = None,
     fidelities: Sequence[str] = (),
     elements: Sequence[str] = (),
     split: str | None = None,
@@ -58,7 +58,7 @@ def chosen_rows(
     for name in fidelities:
         rows = np.intersect1d(rows, store.rows(fidelity=name), assume_unique=True)
     if ids is not None:
-        rows = np.intersect1d(rows, rows_named(store, ids), assume_unique=True)
+        rows = np.intersect1d(rows, rows_in(store, ids), assume_unique=True)
     if elements:
         rows = _made_of(store, rows, elements)
     if fraction is not None:
@@ -69,33 +69,6 @@ def chosen_rows(
     if not len(rows):
         raise InputError(f"{store.path}: no frame of {store.n_frames} is left by these conditions; loosen them")
     return rows
-
-
-def rows_named(store: Store, ids: Sequence[str]) -> np.ndarray:
-    """Return the rows of frame ids, ascending; one that is given twice counts once.
-
-    Raises:
-        InputError: an id that does not exist.
-    """
-    if not ids:
-        return np.zeros(0, np.int64)
-    wanted = np.array(sorted(set(ids)))
-    keys = np.frombuffer(b"".join(digest16(name) for name in wanted.tolist()), "<u8").reshape(-1, 2)
-    order = np.argsort(keys[:, 0], kind="stable")
-    first = keys[order, 0]
-    rows = np.full(len(wanted), -1, np.int64)
-    for start in range(0, store.n_frames, _BLOCK * 64):
-        hashes = np.asarray(store.frame_hash[start : start + _BLOCK * 64])
-        at = np.minimum(np.searchsorted(first, hashes[:, 0]), len(first) - 1)
-        same = (keys[order[at]] == hashes).all(axis=1)
-        rows[order[at[same]]] = start + np.flatnonzero(same)
-    if (rows < 0).any():
-        absent = wanted[rows < 0]
-        raise InputError(
-            f"{store.path}: no frame has the id {str(absent[0])!r}, as {len(absent)} of {len(wanted)} ids; "
-            f"ids look like {store.frame_id(0)!r}"
-        )
-    return np.sort(rows)
 
 
 def _made_of(store: Store, rows: np.ndarray, elements: Sequence[str]) -> np.ndarray:

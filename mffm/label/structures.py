@@ -9,13 +9,11 @@ from typing import Any, Protocol
 
 import lmdb
 import numpy as np
-from ase.io import iread
 
 from mffm.data import records
 from mffm.data.readers import READERS, RejectedFrame, reader_name
 from mffm.data.readers.convert import Wanted
 from mffm.data.store import NO_CHARGE, Store
-from mffm.data.subset import rows_named
 from mffm.errors import InputError
 from mffm.frame import Frame
 
@@ -77,24 +75,6 @@ class OfShard:
             spin_multiplicity=spin or None,
             origin=f"structure {index}",
         )
-
-
-def rows_of(store: Store, file: Path) -> tuple[int, ...]:
-    """Return the rows of a store whose frame_ids a file's structures have, as ``mffm select`` writes them.
-
-    Raises:
-        InputError: a structure without a frame_id, or one that the store has not.
-    """
-    frame_ids = [atoms.info.get("frame_id") for atoms in iread(str(file), ":")]
-    if None in frame_ids:
-        raise InputError(
-            f"{file}: frame {frame_ids.index(None)}: has no frame_id; choose from this store: mffm select RELEASE "
-            f"{store.path}"
-        )
-    try:
-        return tuple(rows_named(store, list(map(str, frame_ids))).tolist())
-    except InputError as error:
-        raise InputError(f"{file}: {error}") from error
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,7 @@ from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
-from mffm.data.identity import same_geometry
-from mffm.data.staging import digest16
+from mffm.data.identity import digest16, same_geometry
 from mffm.data.store import Store
 from mffm.errors import InputError
 from mffm.fidelity import Fidelity

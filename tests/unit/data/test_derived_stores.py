@@ -169,13 +169,15 @@ def test_subset_has_the_chosen_frames_with_everything(make, frames, tmp_path):
         subset(store, rows, tmp_path / "part", {})
 
 
-def test_what_a_subset_may_be_chosen_by(make, frames):
+def test_what_a_subset_may_be_chosen_by(make, frames, tmp_path):
     for k in range(0, 60, 3):
         del frames[k]["forces"], frames[k]["energy"]
     frames[1]["info"]["series"] = "s1"
     store = make("whole", frames)
     names = [store.frame_id(row) for row in range(store.n_frames)]
-    assert [names[row] for row in chosen_rows(store, ids=["f7", "f55", "f2"])] == ["f2", "f7", "f55"]
+    (tmp_path / "ids.txt").write_text("f7\nf55\n\n f2\n")
+    (tmp_path / "bad.txt").write_text("f7\ng7\n")
+    assert [names[row] for row in chosen_rows(store, ids=tmp_path / "ids.txt")] == ["f2", "f7", "f55"]
     assert len(chosen_rows(store, fidelities=["pbe"])) == 40
     assert len(chosen_rows(store, elements=["C", "H"])) == 20
     assert len(chosen_rows(store, elements=["C", "H", "O", "Si"])) == 60
@@ -185,7 +187,7 @@ def test_what_a_subset_may_be_chosen_by(make, frames):
     assert set(few) < set(more)
     assert set(chosen_rows(store, count=10, seed=1)) != set(few)
     cases = [
-        ({"ids": ["f7", "g7"]}, "no frame has the id 'g7', as 1 of 2 ids; ids look like 'f0'"),
+        ({"ids": tmp_path / "bad.txt"}, "no frame has the id 'g7', as 1 of 2 ids; ids look like 'f0'"),
         ({"fidelities": ["hf"]}, "ccsdt, pbe"),
         ({"elements": ["Xx"]}, "--elements Xx: not an element"),
         ({"elements": ["Au"]}, "no frame of 60 is left"),

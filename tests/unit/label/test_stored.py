@@ -10,13 +10,14 @@ import pytest
 from ase import Atoms
 from ase.io import read, write
 
+from mffm.data.named import rows_in
 from mffm.data.store import Store
 from mffm.errors import InputError
 from mffm.keys import FORCES
 from mffm.label.journal import Limits
 from mffm.label.publish import Summary
 from mffm.label.run import label
-from mffm.label.structures import Source, rows_of
+from mffm.label.structures import Source
 from mffm.label.work import Request
 
 
@@ -27,7 +28,7 @@ def test_labels_of_another_store_for_the_structures_of_a_file(molecule_store: Pa
     wanted = [7, 3, 40]
     chosen = [Atoms("H", info={"frame_id": store.frame_id(row)}) for row in wanted]
     write(tmp_path / "selected.extxyz", chosen)
-    rows = rows_of(store, tmp_path / "selected.extxyz")
+    rows = tuple(rows_in(store, tmp_path / "selected.extxyz").tolist())
     assert rows == (3, 7, 40)
     request = Request(Source.of([path]), f"store:{molecule_store}@pbe", "copied", rows=rows)
     done = label(request, "copied", None, 1, Limits(), lambda *_: None)
@@ -55,13 +56,6 @@ def test_a_structure_that_moved_gets_no_label(
     assert written[0].info["energy_ccsdt"] == pytest.approx(frames[0].info["energy_ccsdt"])
     assert "is another structure in" in written[1].info["label_error_ccsdt"]
     assert "has no frame_id 'unheard-of'" in written[2].info["label_error_ccsdt"]
-
-
-def test_files_that_name_no_structure_of_the_store(molecule_store: Path, tmp_path: Path):
-    for info, message in (({}, "has no frame_id"), ({"frame_id": "unheard-of"}, "no frame has the id 'unheard-of'")):
-        write(tmp_path / "selected.extxyz", Atoms("H", info=info))
-        with pytest.raises(InputError, match=rf"selected.extxyz: .*{message}"):
-            rows_of(Store(molecule_store), tmp_path / "selected.extxyz")
 
 
 @pytest.mark.parametrize("place", ["{store}", "{store}@r2scan", "nowhere@pbe"])
