@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
+import trainings
 import typer
 import yaml
 
@@ -27,7 +28,7 @@ from mffm.data.pools import build_pools
 from mffm.data.store import Store
 from mffm.errors import InputError
 from mffm.evaluate import parity
-from mffm.executor import Job, LocalExecutor, State, locked
+from mffm.executor import Job, locked
 from mffm.fidelity import FidelityTable
 from mffm.release import load, read_json, refit_references, save, write_json, write_text
 from mffm.training.finetune import recipe_of
@@ -100,7 +101,7 @@ class Study:
             "data.plan.pools": pools, "train.steps": self.base_steps, "train.best": f"val/{self.old}/loss",
             "model.backbone": self.backbone,
         }  # fmt: skip
-        return self._job("base", seed, ["train", str(PRETRAIN), *as_overrides(changes)], [])
+        return trainings.job(self.folder, f"base-s{seed}", ["train", str(PRETRAIN), *as_overrides(changes)])
 
     def job(self, name: str, seed: int) -> Job:
         method = METHODS[name]
@@ -114,28 +115,16 @@ class Study:
             path = self.folder / "recipes" / f"{name}-s{seed}.yaml"
             content = {k: v for k, v in read_yaml(RECIPE).items() if k != "fine_tune"}
             write_json(path, apply_overrides(content, as_overrides(changes)))  # JSON is YAML
-            return self._job(name, seed, ["train", str(path)], [])
-        return self._job(name, seed, ["finetune", str(self.base(seed)), str(RECIPE), *as_overrides(changes)], [])
+            return trainings.job(self.folder, f"{name}-s{seed}", ["train", str(path)])
+        arguments = ["finetune", str(self.base(seed)), str(RECIPE), *as_overrides(changes)]
+        return trainings.job(self.folder, f"{name}-s{seed}", arguments)
 
     def _model(self, seed: int) -> dict[str, Any]:
         model = load(self.base(seed)).spec.model
         return {"backbone": model.backbone.model_dump(mode="json", exclude_none=True)}
 
-    def _job(self, name: str, seed: int, arguments: list[str], after: list[str]) -> Job:
-        run = self.run(name, seed)
-        if (run / "checkpoints" / "latest").exists():
-            arguments = ["resume", str(run)]
-        command = [sys.executable, "-m", "mffm", *arguments]
-        log = self.folder / "logs" / f"{name}-s{seed}.log"
-        return Job(f"{name}-s{seed}", command, log, {"OMP_NUM_THREADS": "1"}, after)
-
     def is_finished(self, name: str, seed: int) -> bool:
-        return (self.run(name, seed) / "weights" / "last.safetensors").is_file() and self._at_end(name, seed)
-
-    def _at_end(self, name: str, seed: int) -> bool:
-        """An interrupted run has last weights too."""
-        log = self.folder / "logs" / f"{name}-s{seed}.log"
-        return log.is_file() and "finished at step" in log.read_text(errors="replace")
+        return trainings.is_finished(self.folder, f"{name}-s{seed}")
 
 
 def errors_of(study: Study, name: str, seed: int) -> dict[str, dict[str, float]]:
@@ -170,28 +159,11 @@ def train(study: Study, workers: int) -> None:
         InputError: a training failed.
     """
     if study.release is None:
-        _run([study.base_job(s) for s in study.seeds if not study.is_finished("base", s)], workers)
+        trainings.run_all([study.base_job(s) for s in study.seeds if not study.is_finished("base", s)], workers)
     for seed in study.seeds:
         if not study.base(seed).exists():
             save(study.run("base", seed), study.base(seed))
-    _run([study.job(n, s) for s in study.seeds for n in METHODS if not study.is_finished(n, s)], workers)
-
-
-def _run(jobs: list[Job], workers: int) -> None:
-    for job in jobs:
-        job.log.parent.mkdir(parents=True, exist_ok=True)
-    last: dict[str, State] = {}
-
-    def report(states: Any) -> None:
-        for name, state in states.items():
-            if state != last.get(name, "waiting"):
-                last[name] = state
-                print(f"{name} {state}", flush=True)
-
-    states = LocalExecutor(workers).run(jobs, report)
-    failed = [job.log for job in jobs if states[job.name] == "failed"]
-    if failed:
-        raise InputError(f"{len(failed)} trainings failed; the first: {failed[0]}; the same command goes on")
+    trainings.run_all([study.job(n, s) for s in study.seeds for n in METHODS if not study.is_finished(n, s)], workers)
 
 
 def judge(study: Study) -> dict[str, list[dict[str, dict[str, float]]]]:
