@@ -111,6 +111,12 @@ def serve(path: str) -> list[str]:
         return arguments
 
 
+def without_ranks() -> dict[str, str]:
+    """Return this process's environment less what a training in it has left: rank, and a port that is taken."""
+    left = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "CROSS_RANK", "CROSS_SIZE", "LOCAL_SIZE")
+    return {k: v for k, v in os.environ.items() if k not in (*left, "MASTER_ADDR", "MASTER_PORT")}
+
+
 class Process:
     """A process that was forked, with what the tests need of ``subprocess.Popen``."""
 
@@ -187,7 +193,7 @@ class Server:
     ) -> Process:
         """Start a process."""
         self._begin()
-        environment = dict(os.environ) if environment is None else environment
+        environment = without_ranks() if environment is None else environment
         with open(os.devnull) as nothing:
             streams = [nothing.fileno(), output.fileno(), error.fileno()]
             return Process(self._path, arguments, streams, cwd or Path.cwd(), environment)
@@ -242,7 +248,7 @@ class Server:
             started = []
             for rank in range(n):
                 own = {k: str(v) for k, v in {**common, "RANK": rank, "LOCAL_RANK": rank}.items()}
-                started.append(self.start(arguments, output, error, environment={**os.environ, **own}))
+                started.append(self.start(arguments, output, error, environment={**without_ranks(), **own}))
             try:
                 while any(process.poll() is None for process in started):
                     if time.monotonic() > deadline:

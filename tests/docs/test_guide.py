@@ -27,7 +27,7 @@ def test_marked_commands_run(page: Path, tmp_path: Path):
     (tmp_path / ".bin").mkdir()
     forked.command(tmp_path / ".bin")
     path = f"{tmp_path / '.bin'}:{Path(sys.executable).parent}:{os.environ['PATH']}"
-    environment = {**os.environ, "PATH": path, "OMP_NUM_THREADS": "1"}
+    environment = {**forked.without_ranks(), "PATH": path, "OMP_NUM_THREADS": "1"}
     for block in MARKED.findall(page.read_text()):
         for line in block.splitlines():
             if not line.startswith("$ ") or ("${MFFM_DATA}" in line and "MFFM_DATA" not in os.environ):
