@@ -281,7 +281,8 @@ def draw(study: Study, errors: dict[str, list[dict[str, dict[str, float]]]], pat
     for fidelity in (study.new, study.old):
         for prop, unit in (("energy", "meV/atom"), ("forces", "meV/Å")):
             values = [[s[fidelity][prop] for s in errors[n] if prop in s.get(fidelity, {})] for n in names]
-            panels.append((f"{fidelity} {prop}, {unit}", values))
+            if any(values):
+                panels.append((f"{fidelity} {prop}, {unit}", values))
     plots.points_by_name(path, names, panels)
 
 

@@ -27,13 +27,17 @@ def rows_in(store: Store, file: Path) -> np.ndarray:
         InputError: no such file, nothing in it, a structure without a frame_id, or one that the store has not.
     """
     if not file.is_file():
-        raise InputError(f"{file}: no such file; expected frame ids, one a line, or structures with a frame_id")
+        raise InputError(f"{file}: no such file; expected frame ids, one a line (.txt), or structures with a frame_id")
     if file.suffix == ".txt":
         ids = [line.strip() for line in file.read_text().splitlines() if line.strip()]
     else:
         from ase.io import iread
+        from ase.io.formats import UnknownFileTypeError
 
-        given = [atoms.info.get("frame_id") for atoms in iread(str(file), ":")]
+        try:
+            given = [atoms.info.get("frame_id") for atoms in iread(str(file), ":")]
+        except (UnknownFileTypeError, StopIteration):
+            given = []
         if None in given:
             raise InputError(
                 f"{file}: frame {given.index(None)}: has no frame_id; choose from this store: mffm select RELEASE "
@@ -41,7 +45,9 @@ def rows_in(store: Store, file: Path) -> np.ndarray:
             )
         ids = list(map(str, given))
     if not ids:
-        raise InputError(f"{file}: names no frame; expected frame ids, one a line, or structures with a frame_id")
+        raise InputError(
+            f"{file}: names no frame; expected frame ids, one a line (.txt), or structures with a frame_id"
+        )
     try:
         return rows_named(store, ids)
     except InputError as error:

@@ -41,7 +41,7 @@ def test_stats_subset_split_and_stage(molecule_store, tmp_path, run):
     [
         (("stats", "{absent}"), "no store there"),
         (("subset", "{store}", "{new}", "--fidelity", "hf"), "hf"),
-        (("subset", "{store}", "{new}", "--ids", "{empty}"), "no ids there; expected one a line"),
+        (("subset", "{store}", "{new}", "--ids", "{empty}"), "expected frame ids, one a line (.txt), or structures"),
         (("split", "{store}", "{new}", "--fraction", "train"), "--fraction train: expected a name, = and a value"),
         (("split", "{store}", "{new}", "--fraction", "train=0.5"), "sum to 1"),
         (("split", "{store}", "{new}", "--holdout", "ood=nothing"), "no structure has that group"),

@@ -53,6 +53,7 @@ def test_train_release_evaluate_through_the_local_executor(make_recipe: Callable
 
     # Once more: everything is there.
     (again,) = submit(load_recipe(one.folder, []), cluster(executor="local", time_minutes=5), steps=["release"])
+    again.job.result()
     wait(again.folder)
     assert runs.read(one.folder).then == "release finished"
     assert "is there already" in (one.folder / "logs" / "release.log").read_text()
