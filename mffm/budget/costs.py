@@ -1,15 +1,14 @@
 """What a label costs: CPU seconds against the size of a structure, log-log, per level of theory."""
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
-from ase import Atoms
-from ase.io import iread
 
+from mffm.data.readers.ase import structures_of
 from mffm.data.store import Store
 from mffm.errors import InputError, known
 
@@ -144,7 +143,7 @@ def _of_file(path: Path, levels: Sequence[str]) -> Iterator[tuple[str, Measured]
     if records.is_file():
         for entry in _computed(records):
             recorded.setdefault(entry["frame_id"], []).append((entry["fidelity"], entry["cpu_ns"] * 1e-9))
-    for index, atoms in enumerate(_frames(path)):
+    for index, atoms in enumerate(structures_of(path)):
         own = {key.removeprefix(f"{PREFIX}_"): value for key, value in atoms.info.items() if key.startswith(PREFIX)}
         if PREFIX in own and len(levels) == 1:
             own.setdefault(levels[0], own[PREFIX])
@@ -195,7 +194,7 @@ def sizes_of(paths: Sequence[Path]) -> list[Size]:
             store = Store(path)
             found += _of_rows(store, np.arange(store.n_frames))
         else:
-            found += [Size(*_size(atoms.numbers)) for atoms in _frames(path)]
+            found += [Size(*_size(atoms.numbers)) for atoms in structures_of(path)]
     if not found:
         raise InputError(f"{', '.join(map(str, paths))}: no structures in it; nothing to label")
     return found
@@ -222,15 +221,3 @@ def _positive(value: Any, place: str) -> float:
             "that keeps nanoseconds, or remove the key from the frame"
         )
     return seconds
-
-
-def _frames(path: Path) -> Iterator[Atoms]:
-    if not path.is_file():
-        raise InputError(f"{path}: no such file")
-    frames: Iterable[Atoms] = iread(str(path), ":")
-    try:
-        yield from frames
-    except Exception as error:  # ASE's formats raise anything
-        raise InputError(
-            f"{path}: ASE cannot read it ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
-        ) from error

@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from mffm.data.identity import digest16
+from mffm.data.readers.ase import structures_of
 from mffm.errors import InputError
 
 if TYPE_CHECKING:
     from mffm.data.store import Store
 
 _BLOCK = 1 << 19  # hashes at a time
+_EXPECTED = "expected frame ids, one a line (.txt), or structures with a frame_id"
 
 
 def rows_in(store: Store, file: Path) -> np.ndarray:
@@ -27,17 +29,14 @@ def rows_in(store: Store, file: Path) -> np.ndarray:
         InputError: no such file, nothing in it, a structure without a frame_id, or one that the store has not.
     """
     if not file.is_file():
-        raise InputError(f"{file}: no such file; expected frame ids, one a line (.txt), or structures with a frame_id")
+        raise InputError(f"{file}: no such file; {_EXPECTED}")
     if file.suffix == ".txt":
         ids = [line.strip() for line in file.read_text().splitlines() if line.strip()]
     else:
-        from ase.io import iread
-        from ase.io.formats import UnknownFileTypeError
-
         try:
-            given = [atoms.info.get("frame_id") for atoms in iread(str(file), ":")]
-        except (UnknownFileTypeError, StopIteration):
-            given = []
+            given = [atoms.info.get("frame_id") for atoms in structures_of(file)]
+        except InputError as error:
+            raise InputError(f"{error}; {_EXPECTED}") from error
         if None in given:
             raise InputError(
                 f"{file}: frame {given.index(None)}: has no frame_id; choose from this store: mffm select RELEASE "
@@ -45,9 +44,7 @@ def rows_in(store: Store, file: Path) -> np.ndarray:
             )
         ids = list(map(str, given))
     if not ids:
-        raise InputError(
-            f"{file}: names no frame; expected frame ids, one a line (.txt), or structures with a frame_id"
-        )
+        raise InputError(f"{file}: names no frame; {_EXPECTED}")
     try:
         return rows_named(store, ids)
     except InputError as error:

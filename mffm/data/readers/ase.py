@@ -6,7 +6,7 @@ attaches.
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -15,6 +15,9 @@ from mffm.data.readers.chunk import Chunk
 from mffm.data.readers.convert import Wanted
 from mffm.data.readers.plain import Plain
 from mffm.errors import InputError
+
+if TYPE_CHECKING:
+    from ase import Atoms
 
 parse = plain.parse
 
@@ -49,4 +52,22 @@ def _frames(path: Path) -> Iterator[Plain]:
         raise InputError(
             f"{path}: ASE cannot read frame {index} ({type(error).__name__}: {' '.join(str(error).split())[:200]}); "
             "name another `reader`, or repair the file"
+        ) from error
+
+
+def structures_of(path: Path) -> "Iterator[Atoms]":
+    """Yield the structures of a file that ASE reads, as ASE has them.
+
+    Raises:
+        InputError: there is no such file, or ASE cannot read it.
+    """
+    from ase.io import iread
+
+    if not path.is_file():
+        raise InputError(f"{path}: no such file")
+    try:
+        yield from iread(str(path), ":")
+    except Exception as error:  # ASE's formats raise anything
+        raise InputError(
+            f"{path}: ASE cannot read it ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
         ) from error

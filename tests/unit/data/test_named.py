@@ -35,6 +35,7 @@ def test_ids_and_structures_name_rows(molecule_store: Path, tmp_path: Path):
 def test_files_that_name_nothing(molecule_store: Path, tmp_path: Path):
     store = Store(molecule_store)
     (tmp_path / "empty.txt").write_text("\n")
+    (tmp_path / "cut.extxyz").write_text("5\nProperties=species:S:1:pos:R:3\nH 0 0 0\n")
     files = [
         (
             structures(tmp_path / "none.extxyz", store.frame_id(0), None),
@@ -46,6 +47,10 @@ def test_files_that_name_nothing(molecule_store: Path, tmp_path: Path):
         ),
         (tmp_path / "empty.txt", "names no frame; expected frame ids"),
         (tmp_path / "absent.txt", "no such file; expected frame ids"),
+        (
+            tmp_path / "cut.extxyz",
+            "Frame has 1 atoms, expected 5); expected frame ids",
+        ),
     ]
     for file, message in files:
         with pytest.raises(InputError, match=rf"{file.name}: .*{re.escape(message)}|{file.name}: {re.escape(message)}"):
