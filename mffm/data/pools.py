@@ -194,7 +194,7 @@ class KeptPools:
         self._of = [1, store.fingerprint, store.edges_fingerprint(cutoff)]
 
     def _name(self, entry: PoolConfig) -> str:
-        choice = entry.model_dump(mode="json", exclude={"weight", "only"} if entry.only is None else {"weight"})
+        choice = entry.model_dump(mode="json", exclude={"weight", "only"})
         if entry.only is not None:
             choice["only"] = file_sha256(Path(entry.only))
         return hashlib.sha256(json.dumps([*self._of, choice], sort_keys=True).encode()).hexdigest()[:16]
