@@ -72,8 +72,10 @@ def greedy(
         if not allowed.any():
             break
         offered = allowed
-        if lacking is not None and (allowed & lacking.any(axis=1)).any():
+        if lacking is not None:
             offered = allowed & lacking.any(axis=1)
+            if not offered.any():
+                offered, lacking = allowed, None  # for good: nothing becomes allowed, or lacks more
         gains = criterion.gains(offered)
         values = gains if price is None else gains / price
         best = int(np.argmax(np.where(offered, values, -np.inf)))
