@@ -10,7 +10,7 @@ import pytest
 from mffm.training import checkpoint
 
 DRIVER = str(Path(__file__).with_name("failing.py"))
-PROMPTLY = 150.0  # seconds for a whole start of two ranks that fails; alone on two cores it takes 15, a hang 1,800
+PROMPTLY = 150.0  # seconds for a whole start of two ranks that fails; alone on two cores it takes 15, a hang 600
 
 
 def torchrun(*arguments: str) -> tuple[int, str, str, float]:
