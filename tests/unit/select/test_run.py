@@ -234,3 +234,22 @@ def test_the_command_says_what_it_did(run_mffm, pool: Path, tmp_path: Path):
     refused = run_mffm(*command, "--n", "400")
     assert refused.returncode == 2
     assert "Traceback" not in refused.stderr
+
+
+def test_elements_that_no_label_has_come_first(pool: Path, tmp_path: Path):
+    frames = molecules(0, N_POOL)
+    rare = min((1, 6, 7, 8), key=lambda z: sum(z in atoms.numbers for atoms in frames) or N_POOL)
+    has = {i for i, atoms in enumerate(frames) if rare in atoms.numbers}
+    assert 0 < len(has) < N_POOL
+    others = [z for z in (1, 6, 7, 8) if z != rare]
+    for seed in range(8):  # by chance some would begin with another one
+        asked = {"by": "random", "n": 3, "seed": seed, "elements_first": True}
+        assert chosen(select(tmp_path, pool, covered=others, **asked))[0] in has
+    write(tmp_path / "labelled.extxyz", [frames[min(has)]])  # covered is what is labelled, where it is not given
+    first = {
+        chosen(select(tmp_path, pool, labelled=[tmp_path / "labelled.extxyz"], **asked | {"seed": s}))[0]
+        for s in range(8)
+    }
+    lacking = {i for i, atoms in enumerate(frames) if not set(atoms.numbers) <= set(frames[min(has)].numbers)}
+    assert lacking
+    assert first <= lacking
