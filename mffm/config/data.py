@@ -2,7 +2,7 @@
 
 from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from mffm.config import presets
 from mffm.config.base import Schema
@@ -107,16 +107,22 @@ class SplitSpec(Schema):
     """How frames are divided. Always by structure: a structure's labels at all fidelities are in one split.
 
     First `key` decides where the source gives a split, then `holdout`; the rest is divided by `fractions`, either
-    structure by structure or group by group, by a hash, so that adding frames never moves another one.
+    structure by structure or group by group, by a hash, so that adding frames never moves another one. The order in
+    which they are written decides nothing.
     """
 
     seed: int = 0
     by: Literal["structure", "group"] = "structure"
-    fractions: dict[str, float] = Field(default_factory=lambda: {"train": 0.8, "val": 0.1, "test": 0.1})
+    fractions: dict[str, float] = Field({"train": 0.8, "val": 0.1, "test": 0.1}, validate_default=True)
     key: str | None = Field(None, description="info key that holds the split's name")
     holdout: dict[str, list[str]] = Field(
         default_factory=dict, description="split → group keys, e.g. ood: [HCOOCH3, N2H4]"
     )
+
+    @field_validator("fractions", "holdout")
+    @classmethod
+    def _in_one_order(cls, splits: dict[str, Any]) -> dict[str, Any]:
+        return dict(sorted(splits.items()))
 
     @model_validator(mode="after")
     def _checks(self) -> "SplitSpec":

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from mffm.config.base import apply_overrides, validate
+from mffm.config.base import validate
 from mffm.config.data import DataConfig, LabelSpec, SourceSpec
 from mffm.config.recipe import Recipe
 from mffm.config.study import StudyConfig
@@ -162,8 +162,7 @@ def new_study(low: Side, high: Side, folder: Path, steps: int, seeds: int) -> Ne
     pairs = same_structures(of_high.structures, (_geometry(f) for f in _frames(low, of_low.found)))
     n_paired = len({i for i, _ in pairs})
     data = _data(of_low, of_high, folder)
-    # As `load` has it: the split of a structure depends on the order of the fractions, which the overrides sort.
-    config = validate(DataConfig, apply_overrides(data, []), f"{folder / 'data.yaml'}")
+    config = validate(DataConfig, data, f"{folder / 'data.yaml'}")
     n_train = _in_training(of_high, config)
     recipe = _recipe(of_low, of_high, folder, data["store"], steps)
     validate(Recipe, recipe, f"{folder / 'recipe.yaml'}")

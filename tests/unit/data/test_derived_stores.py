@@ -205,7 +205,7 @@ def test_split_anew_tears_no_unit_apart(make, frames, tmp_path, by):
     store = make("whole", frames)
     spec = SplitSpec(fractions={"train": 0.5, "test": 0.5}, holdout={"ood": ["s3"]}, seed=3)
     new = split(store, tmp_path / "new", spec, by)
-    assert new.split_names == ("train", "test", "ood")
+    assert new.split_names == ("test", "train", "ood")
     assert by_id(new) == by_id(store)
     new.verify()
     groups = np.array(new.group_names)[new.group]
