@@ -2,12 +2,13 @@
 
     mffm ingest configs/data/molecules_wide.yaml
     python tools/study_finetune.py --workers 2                              # report: studies/finetune/report.md
-    python tools/study_finetune.py --release my-release --folder studies/of-mine
+    python tools/study_finetune.py --release my-release --trained-on stores/its-store --folder studies/of-mine
 
 For each seed a release is made from labels of the old level (or the given one is taken), and fine-tuned with
 `--labels` frames of the new one in every mode, with and without replay. Compared with training from scratch on the same
 frames and the release with refitted element references. All choose their weights by the same `--labels` validation
-frames; errors are those of the whole test split. The same command goes on after a stop; what is finished is not done
+frames; errors are those of the whole test split, none of which a given release may have been trained on: it is refused
+with the pairs. The same command goes on after a stop; what is finished is not done
 again.
 """
 
@@ -24,6 +25,7 @@ import yaml
 
 from mffm import plots
 from mffm.config.base import apply_overrides, as_overrides, read_yaml
+from mffm.data.checks import same_structures
 from mffm.data.pools import build_pools
 from mffm.data.store import Store
 from mffm.errors import InputError
@@ -239,12 +241,41 @@ def claims(study: Study, errors: dict[str, list[dict[str, dict[str, float]]]]) -
     return found
 
 
+def require_untouched(store: Store, release: Path, trained_on: Path | None) -> None:
+    """Refuse a test split with structures that trained a release or chose its weights: "before" would be too good.
+
+    Args:
+        trained_on: the release's store; None: the study's own, which its provenance must say.
+    """
+    stated = load(release).spec.provenance.get("store_fingerprint")
+    if trained_on is None and stated == store.fingerprint:
+        return  # its splits are the study's
+    if trained_on is None:
+        raise InputError(
+            f"{release}: trained on another store (fingerprint {stated}) than {store.path} ({store.fingerprint}), and "
+            "test frames may be among what it was trained on; name its store by --trained-on"
+        )
+    own = Store(trained_on)
+    if own.fingerprint != stated:
+        raise InputError(f"{trained_on}: fingerprint {own.fingerprint}; {release} was trained on {stated}")
+    test = store.rows(split="test")
+    read = np.concatenate([own.rows(split="train"), own.rows(split="val")])
+    pairs = same_structures(map(store.geometry, map(int, test)), map(own.geometry, map(int, read)))
+    if pairs:
+        told = ", ".join(f"{store.frame_id(int(test[a]))} is {own.frame_id(int(read[b]))}" for a, b in pairs[:5])
+        raise InputError(
+            f"{store.path}: {len(pairs)} of {len(test)} test frames trained {release} or chose its weights (within "
+            f"1e-3 Å): {told}{', ...' if len(pairs) > 5 else ''}; ingest this store with the splits of {trained_on}"
+        )
+
+
 def main(
     folder: Annotated[Path, typer.Option(help="of runs and report")] = Path("studies/finetune"),
     store: Annotated[Path, typer.Option(help="with labels of both levels")] = Path("stores/molecules_wide"),
     old: Annotated[str, typer.Option(help="fidelity of the release")] = "gfn2",
     new: Annotated[str, typer.Option(help="new fidelity")] = "pbe",
     release: Annotated[Path | None, typer.Option(help="instead of one made for each seed")] = None,
+    trained_on: Annotated[Path | None, typer.Option(help="store of the release, if it is another one")] = None,
     labels: Annotated[int, typer.Option(help="frames of the new fidelity")] = 20,
     base_steps: Annotated[int, typer.Option(help="of the release's training")] = 1500,
     steps: Annotated[int, typer.Option(help="of a fine-tuning")] = 300,
@@ -261,6 +292,8 @@ def main(
     study = Study(
         folder, Store(store), old, new, labels, base_steps, steps, lr, own, release, yaml.safe_load(backbone)
     )  # fmt: skip
+    if release is not None:
+        require_untouched(study.store, release, trained_on)
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder / "lock"):
         train(study, workers)

@@ -219,7 +219,7 @@ def test_split_anew_tears_no_unit_apart(make, frames, tmp_path, by):
     for row in np.flatnonzero(new.split != 2).tolist():
         found.setdefault(units[row], set()).add(int(new.split[row]))
     assert all(len(splits) == 1 for splits in found.values())
-    assert store.split_names == Store(store.path).split_names == ("train", "val", "test")
+    assert store.split_names == Store(store.path).split_names == ("test", "train", "val")
     Store(store.path).verify()
     assert new.fingerprint != store.fingerprint
     assert new.n_edges(4.0).tolist() == store.n_edges(4.0).tolist()
