@@ -94,8 +94,12 @@ def _serve(path: str) -> list[str]:
         if listener not in ready:
             continue
         connection, _ = listener.accept()
-        request, descriptors = _received(connection)
-        child = os.fork()
+        try:
+            request, descriptors = _received(connection)
+            child = os.fork()
+        except OSError:  # whoever asked is gone, or there is no room for a process: the connection's end tells it
+            connection.close()
+            continue
         if not child:
             signal.set_wakeup_fd(-1)
             os.close(woken)
@@ -113,9 +117,19 @@ def _serve(path: str) -> list[str]:
 
 
 def _received(connection: socket.socket) -> tuple[dict[str, Any], list[int]]:
+    """Return a request.
+
+    Raises:
+        ConnectionError: whoever asks was gone before it had said all.
+    """
     text, descriptors, _, _ = socket.recv_fds(connection, 1 << 20, 3)
     while not text.endswith(b"\n"):
-        text += connection.recv(1 << 20)
+        more = connection.recv(1 << 20)
+        if not more:
+            for descriptor in descriptors:
+                os.close(descriptor)
+            raise ConnectionError
+        text += more
     return json.loads(text), descriptors
 
 

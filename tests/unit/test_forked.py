@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -77,6 +78,14 @@ def test_signals_reach_it_and_it_is_found_by_its_arguments(number: int, tmp_path
         process.send_signal(number)
         assert process.wait(20) == -number
     assert process_of(word) is None
+
+
+def test_who_goes_away_while_asking_stops_nothing():
+    forked.run(["-c", "pass"])
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.connect(forked._forked._server.path)
+        connection.sendall(b'{"arguments": ')
+    assert forked.run(["-c", "raise SystemExit(4)"]).returncode == 4
 
 
 def test_what_is_not_forked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
