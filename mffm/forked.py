@@ -68,6 +68,7 @@ def _serve(path: str) -> list[str]:
     for module in PRELOADED:
         with suppress(ModuleNotFoundError):
             import_module(module)
+    # OpenBLAS, which has begun its threads where it may have several, ends them before a fork by itself.
     assert threading.active_count() == 1, f"threads that a fork would lose: {threading.enumerate()}"
     gc.collect()
     gc.freeze()  # else a collection in a process copies the pages of all that was imported

@@ -50,6 +50,13 @@ def test_random_numbers_are_its_own():
     assert len({*first, *second}) == 6
 
 
+def test_the_server_has_no_thread_that_a_fork_would_lose():
+    forked.run(["-c", "pass"])
+    server = forked._forked._server._server
+    assert server is not None
+    assert len(os.listdir(f"/proc/{server.pid}/task")) == 1
+
+
 def test_cpu_time_is_of_the_process_and_of_what_it_waited_for():
     busy = "import time\nwhile time.process_time() < 0.5: pass"
     code = (
@@ -90,21 +97,32 @@ def test_who_goes_away_while_asking_stops_nothing():
 
 def test_what_is_not_forked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     command = [sys.executable, "-m", "mffm"]
+    monkeypatch.setattr("mffm.forked.GPUS", ())
     assert can_fork(command)
     assert not can_fork([*command, "x" * COMMAND_LINE_BYTES])
     monkeypatch.setattr("mffm.forked.GPUS", (str(tmp_path),))
     assert not can_fork(command)
 
 
+# Of numpy's and of torch's pool, both begun after the fork.
+THREADS = """
+import numpy as np, torch
+a = np.random.rand(600, 600)
+assert torch.get_num_threads() == 2
+for _ in range(3):
+    assert np.allclose(a @ a, (torch.from_numpy(a) @ torch.from_numpy(a)).numpy())
+    assert torch.randn(1 << 20).exp().sum() > 0
+"""
+
+
 @pytest.mark.slow
 def test_a_server_that_is_killed_leaves_what_it_forked_and_begins_anew(tmp_path: Path):
-    server = Server(folder=forked.ROOT)
+    server = Server({"OMP_NUM_THREADS": "2"}, folder=forked.ROOT)
     with open(os.devnull, "r+") as nothing:
         streams = [nothing.fileno()] * 3
         process = server.start(["-c", "import time; time.sleep(60)"], streams, tmp_path, os.environ)
+        assert server.start(["-c", THREADS], streams, tmp_path, os.environ).wait() == 0
         assert server._server is not None
-        tasks = list(Path(f"/proc/{server._server.pid}/task").iterdir())
-        assert len(tasks) == 1, "threads are lost in a fork"
         server._server.kill()
         assert process.poll() is None
         assert is_running(process.pid)
