@@ -159,7 +159,7 @@ def _start(job: Job) -> Started:
                 streams = [nothing.fileno(), log.fileno(), log.fileno()]
                 with _servers_lock:
                     return server.start(job.command[1:], streams, Path.cwd(), environment)
-            except ConnectionError:  # it has said why
+            except (ConnectionError, FileNotFoundError):  # it has said why, or its socket was cleaned away
                 _servers[_imported_with(job)] = None
         return subprocess.Popen(list(job.command), stdout=log, stderr=subprocess.STDOUT, stdin=nothing, env=environment)
 
