@@ -6,6 +6,8 @@ import os
 import resource
 import signal
 import subprocess
+import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,6 +15,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal, Protocol
 
+from mffm import forked
 from mffm.errors import InputError
 from mffm.failures import START_VARIABLE
 
@@ -38,12 +41,18 @@ class Executor(Protocol):
         ...
 
 
+Started = subprocess.Popen[bytes] | forked.Process
+
+
 class LocalExecutor:
     """Runs up to ``workers`` jobs at a time as processes on this machine.
 
+    Jobs that are ``python -m mffm`` or a part of it are forked from one process that has their imports, where `forked`
+    can; other commands start as they are.
+
     Attributes:
-        cpu_seconds: job → CPU time of its process and of what that waited for, of the jobs that have ended; right where
-            no other thread waits for processes.
+        cpu_seconds: job → CPU time of its process and of what that waited for, of the jobs that have ended; without the
+            imports where it was forked, and else right where no other thread waits for processes.
     """
 
     def __init__(self, workers: int, poll_seconds: float = 0.5):
@@ -59,7 +68,7 @@ class LocalExecutor:
         """
         states: dict[str, State] = {job.name: "waiting" for job in jobs}
         assert len(states) == len(jobs), "two jobs of one name"
-        running: dict[str, subprocess.Popen[bytes]] = {}
+        running: dict[str, Started] = {}
         try:
             while "waiting" in states.values() or running:
                 for name, process in list(running.items()):
@@ -87,12 +96,14 @@ class LocalExecutor:
                 self._has_ended(name, process, wait=True)
         return states
 
-    def _has_ended(self, name: str, process: "subprocess.Popen[bytes]", wait: bool = False) -> bool:
+    def _has_ended(self, name: str, process: Started, wait: bool = False) -> bool:
         """Return whether a process has ended. The children's usage grows at that moment, by all that it used."""
         before = cpu_of_children()
         if (process.wait() if wait else process.poll()) is None:
             return False
-        self.cpu_seconds[name] = cpu_of_children() - before
+        used = process.cpu_seconds if isinstance(process, forked.Process) else cpu_of_children() - before
+        if used is not None:
+            self.cpu_seconds[name] = used
         return True
 
 
@@ -138,16 +149,41 @@ def machine() -> str:
     return f"{name}, {os.cpu_count()} CPUs"
 
 
-def _start(job: Job) -> "subprocess.Popen[bytes]":
+def _start(job: Job) -> Started:
     job.log.parent.mkdir(parents=True, exist_ok=True)
-    with job.log.open("ab") as log:
-        return subprocess.Popen(
-            list(job.command),
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            stdin=subprocess.DEVNULL,
-            env={**os.environ, **job.environment},
-        )
+    environment = {**os.environ, **job.environment}
+    with job.log.open("ab") as log, open(os.devnull, "rb") as nothing:
+        server = _server(job)
+        if server is not None:
+            try:
+                streams = [nothing.fileno(), log.fileno(), log.fileno()]
+                with _servers_lock:
+                    return server.start(job.command[1:], streams, Path.cwd(), environment)
+            except (ConnectionError, FileNotFoundError):  # it has said why, or its socket was cleaned away
+                _servers[_imported_with(job)] = None
+        return subprocess.Popen(list(job.command), stdout=log, stderr=subprocess.STDOUT, stdin=nothing, env=environment)
+
+
+# Shared by all executors of this process; None where one could not begin.
+_servers: dict[frozenset[tuple[str, str]], forked.Server | None] = {}
+_servers_lock = threading.Lock()
+
+
+def _imported_with(job: Job) -> frozenset[tuple[str, str]]:
+    """Return the variables of a job that its imports may read, such as OMP_NUM_THREADS."""
+    return frozenset((k, v) for k, v in job.environment.items() if not k.startswith("WANDB_"))
+
+
+def _server(job: Job) -> forked.Server | None:
+    """Return the process that forks a job; None where it must start as it is."""
+    is_mffm = tuple(job.command[:2]) == (sys.executable, "-m") and job.command[2].split(".")[0] == "mffm"
+    if not is_mffm or not forked.can_fork(job.command):
+        return None
+    key = _imported_with(job)
+    with _servers_lock:
+        if key not in _servers:
+            _servers[key] = forked.Server(dict(key))
+        return _servers[key]
 
 
 @contextmanager
