@@ -5,8 +5,9 @@ soap   matrices in the eigenbasis of their gradients' second moments (``Soap``),
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,25 +19,30 @@ FIRST_TURNS = 10  # of the bases at the first step
 BETAS = {"adamw": (0.9, 0.999), "soap": (0.95, 0.95)}  # where the recipe gives none
 
 
-def make_optimizer(module: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
+def make_optimizer(module: nn.Module, config: OptimConfig, ahead: Collection[str] = ()) -> torch.optim.Optimizer:
     """Return the recipe's optimiser: decay where ``decays``, and by matrix where ``by_matrix``.
 
     The state of a parameter is in ``optimizer.state`` in all kinds, whole tensors besides the number of steps.
+
+    Args:
+        ahead: names of the parameters that are trained before the others; groups say ``ahead`` or not.
     """
-    named = trained(module)
     matrices = by_matrix(module, config)
     betas = config.betas or BETAS[config.kind]
-    rest = [(name, p) for name, p in named if name not in matrices]
-    groups = [
-        {"params": [p for name, p in rest if decays(name, p)], "weight_decay": config.weight_decay},
-        {"params": [p for name, p in rest if not decays(name, p)], "weight_decay": 0.0},
-    ]
-    groups = [g for g in groups if g["params"]]
+    groups: list[dict[str, Any]] = []
     parts: list[torch.optim.Optimizer] = []
-    if matrices:
+    for is_ahead in (False, True):
+        named = [(name, p) for name, p in trained(module) if (name in ahead) == is_ahead]
         own = [p for name, p in named if name in matrices]
-        every, largest = config.precondition_every, config.max_precondition_dim
-        parts.append(Soap(own, config.lr, betas, config.eps, config.weight_decay, every, largest))
+        if own:
+            every, largest = config.precondition_every, config.max_precondition_dim
+            parts.append(Soap(own, config.lr, betas, config.eps, config.weight_decay, every, largest))
+            parts[-1].param_groups[0]["ahead"] = is_ahead
+        for decay in (True, False):
+            rest = [p for name, p in named if name not in matrices and decays(name, p) == decay]
+            if rest:
+                weight_decay = config.weight_decay if decay else 0.0
+                groups.append({"params": rest, "weight_decay": weight_decay, "ahead": is_ahead})
     if groups:
         parts.append(torch.optim.AdamW(groups, lr=config.lr, betas=betas, eps=config.eps, foreach=True))
     return parts[0] if len(parts) == 1 else Together(parts)
@@ -84,8 +90,15 @@ def state_shapes(module: nn.Module, config: OptimConfig) -> dict[str, tuple[int,
     return shapes
 
 
-def learning_rate(step: int, total: int, config: OptimConfig) -> float:
-    """Return the learning rate of a step counted from 0: linear warm-up, then a cosine to ``final_lr_fraction``."""
+def learning_rate(step: int, total: int, config: OptimConfig, begin: int = 0) -> float:
+    """Return the learning rate of a step counted from 0: linear warm-up, then a cosine to ``final_lr_fraction``.
+
+    Args:
+        begin: step that the warm-up begins at; 0.0 before.
+    """
+    if step < begin:
+        return 0.0
+    step, total = step - begin, total - begin
     if step < config.warmup_steps:
         return config.lr * (step + 1) / config.warmup_steps
     span = max(total - config.warmup_steps, 1)

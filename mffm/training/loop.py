@@ -124,13 +124,14 @@ def _run_as_rank(recipe: Recipe, run: Path, resume: bool, ranks: distributed.Ran
                     log.say(line)
             _keep_best(run, validator(evaluated), state, evaluated, recipe, log, ranks)
         watch = LossWatch(recipe.train.spike_factor)
+        heads_first = recipe.fine_tune.heads_first if recipe.fine_tune else 0
         ended = "stopped_early" if _out_of_patience(state, recipe) else "finished"
         while state.step < recipe.train.steps and ended == "finished":
             started = time.perf_counter()
             plan, batches, cursor = next(loader)
-            lr = learning_rate(state.step, recipe.train.steps, recipe.optim)
+            lr, late_lr = (learning_rate(state.step, recipe.train.steps, recipe.optim, b) for b in (0, heads_first))
             try:
-                parts, norm = train_step(engine, setup, plan, batches, ranks, lr, watch)
+                parts, norm = train_step(engine, setup, plan, batches, ranks, lr, watch, late_lr)
             except SickStepError as sick:
                 weights = merged(sharding.master_weights(engine, module))
                 raise write_bundle(run, setup, plan, state.step, str(sick), ranks, weights) from sick
@@ -223,11 +224,15 @@ def train_step(
     ranks: distributed.Ranks,
     lr: float,
     watch: LossWatch,
+    late_lr: float | None = None,
 ) -> tuple[torch.Tensor, float]:
     """Do one optimiser update.
 
     DeepSpeed averages gradients over ranks and divides by the accumulation steps, so it is handed world size ×
     microbatches × the local sum ÷ the global count.
+
+    Args:
+        late_lr: learning rate of the parameters that are not trained ahead of the others, if that is another one.
 
     Returns:
         the global loss by part, [n_properties, n_fidelities]; the gradient's norm before clipping.
@@ -238,7 +243,7 @@ def train_step(
     """
     engine.train()
     for group in engine.optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr if late_lr is None or group["ahead"] else late_lr
     divisors = setup.loss.divisors(plan.counts, setup.plan.expected_counts(plan.step)).to(engine.device)
     stage = engine.zero_optimization_stage()
     parts, norm = torch.zeros_like(divisors), 0.0
@@ -272,7 +277,8 @@ def _engine(trainee: Trainee, recipe: Recipe, ds_config: dict[str, Any]) -> Any:
     deepspeed.utils.logger.setLevel(logging.WARNING)
     # of DeepSpeed 0.19.8's own calls, at every step
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+_tensor` is deprecated", FutureWarning)
-    optimizer = make_optimizer(trainee.potential, recipe.optim)
+    ahead = modes.trained_ahead(trainee.potential, recipe)
+    optimizer = make_optimizer(trainee.potential, recipe.optim, ahead)
     if recipe.deepspeed.zero_stage == 3:
         deepspeed.utils.set_z3_leaf_modules(trainee, [Trainee])
     return deepspeed.initialize(model=trainee, optimizer=optimizer, config=ds_config)[0]

@@ -26,9 +26,14 @@ def freeze(potential: Potential, recipe: Recipe) -> None:
     """Freeze what the mode does not train, and put what it trains beside frozen tensors into ``potential.adapter``.
 
     Raises:
-        InputError: nothing is left to train.
+        InputError: nothing is left to train, or nothing is there for ``heads_first``.
     """
     section = recipe.fine_tune
+    if section is not None and section.heads_first and not potential.per_fidelity():
+        raise InputError(
+            f"fine_tune.heads_first: {section.heads_first}: the fidelities of this potential share all weights (one "
+            "head, no conditioning); leave it out"
+        )
     if section is None or section.mode == "full":
         return
     state = dict(potential.named_parameters())
@@ -57,6 +62,12 @@ def freeze(potential: Potential, recipe: Recipe) -> None:
         potential.adapter = Adapter(state, low_rank, section.rank, rows).to(like)
     if not any(p.requires_grad for p in potential.parameters()):
         raise InputError(f"fine_tune.mode: {section.mode} leaves nothing to train here; take full or lora")
+
+
+def trained_ahead(potential: Potential, recipe: Recipe) -> set[str]:
+    """Return the names of the parameters that ``fine_tune.heads_first`` trains before the others."""
+    section = recipe.fine_tune
+    return potential.per_fidelity() if section is not None and section.heads_first else set()
 
 
 def linear_maps(potential: Potential) -> list[str]:

@@ -33,6 +33,7 @@ MODES = {
     "frozen": {"mode": "frozen"},
     "heads": {"mode": "heads"},
     "replay": {"replay": "predictions", "replay_frames": 12},
+    "heads_first": {"heads_first": 3},
 }
 RUN_ALL = """
 import sys
@@ -119,6 +120,17 @@ def test_heads_leave_other_fidelities_to_the_last_bit(runs: dict[str, Path], tin
             assert np.array_equal(a.forces, b.forces)
     (new, old) = (outputs.predict(after.potential, after.spec, structures, n)[0] for n in ("ccsdt", "pbe"))
     assert new.interaction_energy != old.interaction_energy
+
+
+def test_what_fidelities_share_waits_for_heads_first(runs: dict[str, Path], tiny_release: Path):
+    own = load(tiny_release).potential.per_fidelity()
+    saved = {k: load_file(runs["heads_first"] / f"checkpoints/step-{k:08d}" / "model.safetensors") for k in (2, 4)}
+    release = load_file(tiny_release / "model.safetensors")
+    moved = {k: {n for n, t in release.items() if not torch.equal(saved[k][n][: len(t)], t)} for k in saved}
+    assert moved[2] <= own
+    assert any(not torch.equal(saved[4][n], saved[2][n]) for n in own)
+    assert any((saved[2][n][-1] != saved[2][n][0]).any() for n in own), "nothing of the new fidelity was trained"
+    assert moved[4] - own, "what fidelities share was never trained"
 
 
 def test_lora_leaves_no_trace_in_a_release_and_predicts_what_was_trained(runs: dict[str, Path], tmp_path: Path):
@@ -271,6 +283,8 @@ def test_a_release_of_one_head_gets_one_for_each_fidelity(
     )
     alone = setup_of(single, make([{**PBE, "fidelity": "gfn2"}]))  # one fidelity stays one
     assert alone.spec.model.heads.kind == "shared"
+    with pytest.raises(InputError, match="heads_first: 2: the fidelities of this potential share all weights"):
+        setup_of(single, make([{**PBE, "fidelity": "gfn2"}], name="alone"), "fine_tune.heads_first=2")
     assert alone.fidelities.names == ("gfn2",)
 
 
@@ -386,6 +400,8 @@ def test_refusals(tiny_release: Path, tiny_run: Path, make: Callable[..., Path],
         (["model.backbone.channels=8"], "model.backbone: a fine-tuning has the model of its release"),
         (["fine_tune.mode=frozen", "fine_tune.rank=4"], "rank: 4 is of mode: lora"),
         (["fine_tune.replay_share=0.2"], "replay_share: 0.2 is of replay"),
+        (["fine_tune.mode=heads", "fine_tune.heads_first=2"], "heads_first: 2: mode heads trains nothing else"),
+        (["fine_tune.heads_first=6"], "heads_first: 6 leaves none of the 6 steps"),
         (
             ["model.init_from={ccsdt: b3lyp}"],
             r"model\.init_from\.ccsdt: 'b3lyp' is not a fidelity of .*; it has: gfn2, pbe",
