@@ -284,12 +284,13 @@ class FineTuneSection(Schema):
         "low-rank updates of the backbone's matrices; full: everything",
     )
     rank: int = Field(8, ge=1, description="lora: of the updates")
-    heads_first: int = Field(
-        0,
+    heads_first: float = Field(
+        0.0,
         ge=0,
-        description="not heads: steps in which only what fidelities have of their own in heads and conditioning "
-        "is trained, before the rest begins: else what they share takes up the large first errors of the new labels, "
-        "and all fidelities pay",
+        lt=1,
+        description="share of the steps, at first, in which only what fidelities have of their own in heads and "
+        "conditioning is trained, on the new labels: else what they share takes up the large first errors, and all "
+        "fidelities pay",
     )
     replay: Literal["none", "data", "predictions"] = Field(
         "none",
@@ -315,8 +316,6 @@ class FineTuneSection(Schema):
             if not wanted and getattr(self, key) != fields[key].default:
                 belongs = "mode: lora" if key == "rank" else "replay: data or predictions"
                 raise ValueError(f"{key}: {getattr(self, key)} is of {belongs}; leave it out")
-        if self.mode == "heads" and self.heads_first:
-            raise ValueError(f"heads_first: {self.heads_first}: mode heads trains nothing else; leave it out")
         return self
 
 
@@ -352,11 +351,6 @@ class Recipe(Schema):
                 )
         if self.fine_tune is not None and not self.start_from:
             raise ValueError("fine_tune needs start_from, a release or a run: use `mffm finetune RELEASE RECIPE`")
-        if self.fine_tune is not None and self.fine_tune.heads_first >= self.train.steps:
-            raise ValueError(
-                f"fine_tune.heads_first: {self.fine_tune.heads_first} leaves none of the {self.train.steps} steps "
-                "(train.steps) to the rest; take fewer, or mode heads"
-            )
         if self.fine_tune is not None and self.model.forces == "direct":
             raise ValueError(
                 "fine_tune is for conservative forces; a direct release becomes conservative by start_from alone"
@@ -425,6 +419,11 @@ class Recipe(Schema):
                 "a pool trains stress, but direct forces have no stress head: set model.direct.stress: true, or take "
                 "stress out of the pool's properties"
             )
+
+    @property
+    def heads_first_steps(self) -> int:
+        """Steps of `fine_tune.heads_first`."""
+        return round(self.fine_tune.heads_first * self.train.steps) if self.fine_tune is not None else 0
 
     @property
     def fidelities(self) -> list[str]:

@@ -178,7 +178,10 @@ def _replayed(recipe: Recipe, base: Loaded, store: Store) -> tuple[Recipe, Store
         share = section.replay_share
         own = [(1 - share) * w / sum(weights) for w in weights]
         pools = [p.model_copy(update={"weight": w}) for p, w in zip(pools, own, strict=True)]
-        pools += [p.model_copy(update={"weight": share / len(added)}) for p in added]
+        weight: float | dict[int, float] = share / len(added)
+        if recipe.heads_first_steps:  # until then only what is new moves
+            weight = {0: 0.0, recipe.heads_first_steps: share / len(added)}
+        pools += [p.model_copy(update={"weight": weight}) for p in added]
     plan = recipe.data.plan.model_copy(update={"pools": pools})
     return recipe.model_copy(update={"data": recipe.data.model_copy(update={"plan": plan})}), store
 

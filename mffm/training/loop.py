@@ -124,12 +124,12 @@ def _run_as_rank(recipe: Recipe, run: Path, resume: bool, ranks: distributed.Ran
                     log.say(line)
             _keep_best(run, validator(evaluated), state, evaluated, recipe, log, ranks)
         watch = LossWatch(recipe.train.spike_factor)
-        heads_first = recipe.fine_tune.heads_first if recipe.fine_tune else 0
+        begin = recipe.heads_first_steps if modes.trained_ahead(module, recipe) else 0
         ended = "stopped_early" if _out_of_patience(state, recipe) else "finished"
         while state.step < recipe.train.steps and ended == "finished":
             started = time.perf_counter()
             plan, batches, cursor = next(loader)
-            lr, late_lr = (learning_rate(state.step, recipe.train.steps, recipe.optim, b) for b in (0, heads_first))
+            lr, late_lr = (learning_rate(state.step, recipe.train.steps, recipe.optim, b) for b in (0, begin))
             try:
                 parts, norm = train_step(engine, setup, plan, batches, ranks, lr, watch, late_lr)
             except SickStepError as sick:

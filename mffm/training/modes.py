@@ -26,14 +26,9 @@ def freeze(potential: Potential, recipe: Recipe) -> None:
     """Freeze what the mode does not train, and put what it trains beside frozen tensors into ``potential.adapter``.
 
     Raises:
-        InputError: nothing is left to train, or nothing is there for ``heads_first``.
+        InputError: nothing is left to train.
     """
     section = recipe.fine_tune
-    if section is not None and section.heads_first and not potential.per_fidelity():
-        raise InputError(
-            f"fine_tune.heads_first: {section.heads_first}: the fidelities of this potential share all weights (one "
-            "head, no conditioning); leave it out"
-        )
     if section is None or section.mode == "full":
         return
     state = dict(potential.named_parameters())
@@ -65,9 +60,12 @@ def freeze(potential: Potential, recipe: Recipe) -> None:
 
 
 def trained_ahead(potential: Potential, recipe: Recipe) -> set[str]:
-    """Return the names of the parameters that ``fine_tune.heads_first`` trains before the others."""
-    section = recipe.fine_tune
-    return potential.per_fidelity() if section is not None and section.heads_first else set()
+    """Return the names of the parameters that ``fine_tune.heads_first`` trains before the others.
+
+    None where all is trained from the start: without it, and where fidelities have nothing of their own.
+    """
+    own = potential.per_fidelity() if recipe.heads_first_steps else set()
+    return {name for name, p in potential.named_parameters() if name in own and p.requires_grad}
 
 
 def linear_maps(potential: Potential) -> list[str]:
@@ -83,7 +81,10 @@ def summary(potential: Potential, recipe: Recipe) -> str:
     trained = sum(p.numel() for p in potential.parameters() if p.requires_grad)
     plain = sum(p.numel() for name, p in potential.named_parameters() if not name.startswith("adapter."))
     beside = "" if not hasattr(potential, "adapter") else f", {trained_beside(potential):,} of them beside frozen ones"
-    return f"fine_tune.mode {recipe.fine_tune.mode}: {trained:,} numbers trained of {plain:,}{beside}"
+    ahead = trained_ahead(potential, recipe)
+    n_ahead = sum(p.numel() for name, p in potential.named_parameters() if name in ahead)
+    first = f"; {n_ahead:,} of them alone in the first {recipe.heads_first_steps} steps" if ahead else ""
+    return f"fine_tune.mode {recipe.fine_tune.mode}: {trained:,} numbers trained of {plain:,}{beside}{first}"
 
 
 def trained_beside(potential: Potential) -> int:

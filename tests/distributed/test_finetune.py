@@ -20,7 +20,7 @@ def recipe(store: Path, run: Path, stage: int) -> dict:
             "store": str(store), "plan": {"pools": pools, "edge_budget": 600, "edges_per_microbatch": 300},
             "validation_max_frames": 4,
         },
-        "fine_tune": {"mode": "lora", "rank": 2, "heads_first": 1},
+        "fine_tune": {"mode": "lora", "rank": 2, "heads_first": 0.25},
         "train": {"steps": 4, "validate_every": 4, "save_every": 2, "threads": 1, "keep": 9},
         "optim": ADAMW, "deepspeed": {"zero_stage": stage}, "log": {"wandb": "disabled"},
     }  # fmt: skip
