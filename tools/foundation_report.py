@@ -57,11 +57,14 @@ def claims(entries: Iterable[dict[str, Any]]) -> list[tuple[str, bool]]:
     small = [e for e in known if e["n_train"] < SMALL]
     not_better = [f"{e['domain']} {e['property']} {e['ratio']:.2f}" for e in small if not e["ratio"] < 1]
     told = [
-        (f"no domain is worse than its specialist by more than {WITHIN - 1:.0%}", worse, known),
+        (f"no domain is worse than its specialist by more than {100 * (WITHIN - 1):.0f} %", worse, known),
         (f"better in the domains of fewer than {SMALL} training frames", not_better, small),
     ]
     return [
-        (f"{text}: {len(of) - len(bad)} of {len(of)} errors" + (f"; not {', '.join(bad)}" if bad else ""), not bad)
+        (
+            f"{text}: so for {len(of) - len(bad)} of {len(of)} errors" + (f"; not {', '.join(bad)}" if bad else ""),
+            not bad,
+        )
         for text, bad, of in told
     ]
 
@@ -73,7 +76,7 @@ def text_of(content: dict[str, Any]) -> str:
         "# A foundation model beside its specialists",
         "",
         f"{content['date']}, {content['machine']}; mffm {content['version']}. {content['cpu_minutes'] / 60:.2f} core-"
-        f"hours of training, resumed {content['resumed']} times. {content['n_elements']} elements; the doctor found "
+        f"hours of training, resumed {content['resumed']} time(s). {content['n_elements']} elements; the doctor found "
         f"{doctor['error']} errors, {doctor['warning']} warnings, {doctor['note']} notes in the store "
         f"`{content['store'][:12]}`.",
         "",

@@ -116,8 +116,8 @@ def test_the_line_in_miniature(arguments: list[str], tmp_path: Path):
         "matbench-discovery/wbm972": 1, "lambench/wiggle150-mini": 1,
     }  # fmt: skip
     page = (tmp_path / "docs" / "report.md").read_text()
-    assert "no domain is worse than its specialist by more than 10%" in page
-    assert "resumed 2 times" in page
+    assert "no domain is worse than its specialist by more than 10 %" in page
+    assert "resumed 2 time(s)" in page
     for name in ("ratios.png", "parity.png"):
         assert (tmp_path / "docs" / name).read_bytes()[:4] == b"\x89PNG"
     metrics = json.loads((out / "release" / "metrics.json").read_text())
@@ -193,7 +193,7 @@ def test_ratios_and_claims():
     assert small["interval"] == [0.5, 0.5]
     assert (none["mixture"], none["specialist"], none["ratio"]) == (3.0, None, None)
     (within, shown), (better, better_shown) = claims(entries)
-    assert "1 of 2 errors; not large energy 1.20" in within
+    assert "so for 1 of 2 errors; not large energy 1.20" in within
     assert not shown
-    assert better == "better in the domains of fewer than 300 training frames: 1 of 1 errors"
+    assert better == "better in the domains of fewer than 300 training frames: so for 1 of 1 errors"
     assert better_shown
