@@ -424,3 +424,35 @@ def points_by_name(path: Path, names: Sequence[str], panels: Sequence[tuple[str,
     np.atleast_1d(axes)[0].invert_yaxis()
     figure.savefig(path)
     plt.close(figure)
+
+
+def ratios(
+    path: Path, names: Sequence[str], panels: Mapping[str, Mapping[str, tuple[float, float, float]]], limit: float
+) -> None:
+    """Draw ratios of named things with their intervals, logarithmic, a panel for each title; lines at 1 and a limit.
+
+    Args:
+        panels: title → name → (low, ratio, high).
+        limit: ratios above it have the second colour.
+    """
+    plt = _pyplot()
+    figure, axes = plt.subplots(
+        1, len(panels), figsize=(1.8 + 2.6 * len(panels), 1.0 + 0.28 * len(names)), sharey=True, squeeze=False,
+        layout="constrained",
+    )  # fmt: skip
+    for axis, (title, values) in zip(axes[0], panels.items(), strict=True):
+        for name, (low, ratio, high) in values.items():
+            color = COLORS[int(ratio > limit)]
+            axis.plot([low, high], [names.index(name)] * 2, color=color, linewidth=1.2)
+            axis.plot([ratio], [names.index(name)], "o", color=color, markersize=5)
+        axis.axvline(1, color="black", linewidth=0.8)
+        axis.axvline(limit, color="black", linewidth=0.8, linestyle="--")
+        axis.set_xscale("log")
+        least, most = axis.get_xlim()
+        _plain_numbers(axis.xaxis, (1, 2, 5) if most > 5 * least else (1, 1.2, 1.5, 2, 3, 4, 5, 6, 7, 8, 9))
+        axis.set_title(title, fontsize=9)
+        axis.grid(axis="x", alpha=0.3)
+        axis.set_yticks(range(len(names)), names)
+        axis.set_ylim(len(names) - 0.5, -0.5)
+    figure.savefig(path)
+    plt.close(figure)

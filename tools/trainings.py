@@ -1,5 +1,6 @@
 """What the studies in tools/ share: trainings as jobs that go on where they stopped."""
 
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,6 +25,12 @@ def is_finished(folder: Path, name: str) -> bool:
     if not (folder / "runs" / name / "weights" / "last.safetensors").is_file() or not log.is_file():
         return False
     return "finished at step" in log.read_text(errors="replace")
+
+
+def rows(run: Path) -> list[dict[str, float]]:
+    """Return the whole lines of a run's metrics."""
+    lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 def run_all(jobs: Sequence[Job], workers: int) -> None:

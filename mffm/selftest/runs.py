@@ -11,12 +11,13 @@ import yaml
 from mffm.config.base import read_yaml
 
 Rows = dict[int, dict[str, float]]
+CLOCK = ("time", "cpu_s")
 
 
 def training_rows(run: Path) -> Rows:
     """Return the training rows of a run by step, without what depends on the clock."""
     return {
-        step: {name: value for name, value in row.items() if name != "time" and not name.endswith("_per_s")}
+        step: {name: value for name, value in row.items() if name not in CLOCK and not name.endswith("_per_s")}
         for step, row in _rows(run).items()
     }
 

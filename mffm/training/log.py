@@ -4,7 +4,8 @@ Metric names: ``train/loss``, ``train/<fidelity>/<property>`` (share of the loss
 ``val/<fidelity>/loss``,
 ``val/<fidelity>/<property>_mae`` and ``_rmse`` in meV/atom, meV/Å and meV/Å³, ``lr``, ``grad_norm``,
 ``labels/<fidelity>/<property>`` (live labels of the step), ``atoms_per_s``, ``edges_per_s``. Each row of metrics.jsonl
-also has ``step`` and ``time``, seconds since 1970.
+also has ``step``, ``time``, seconds since 1970, and ``cpu_s``, CPU seconds of the process since its row before; in the
+first row of a start since the process began.
 """
 
 import json
@@ -110,12 +111,15 @@ class JsonLines:
     def __init__(self, path: Path, start_step: int):
         _truncate(path, start_step)
         self._file = path.open("a")
+        self._cpu_s = 0.0
 
     def tables(self, tables: Mapping[str, Table], step: int) -> None:
         pass  # the run's folder has them as references.md and potential/
 
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
-        self._file.write(json.dumps({"step": step, "time": round(time.time(), 3), **values}) + "\n")
+        before, self._cpu_s = self._cpu_s, time.process_time()
+        clock = {"time": round(time.time(), 3), "cpu_s": round(self._cpu_s - before, 3)}
+        self._file.write(json.dumps({"step": step, **clock, **values}) + "\n")
         self._file.flush()
 
     def image(self, step: int, name: str, path: Path) -> None:

@@ -99,7 +99,7 @@ def until(condition: Callable[[], Any], run: Path, seconds: float = 60.0) -> Non
 
 def rows(run: Path) -> list[dict[str, float]]:
     """Return the losses and metrics of every step, without what depends on the clock."""
-    clock = ("atoms_per_s", "edges_per_s", "time", "seconds")
+    clock = ("atoms_per_s", "edges_per_s", "time", "seconds", "cpu_s")
     lines = (run / "metrics.jsonl").read_text().splitlines()
     return [{k: v for k, v in json.loads(line).items() if not k.startswith(clock)} for line in lines]
 

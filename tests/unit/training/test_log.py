@@ -67,6 +67,9 @@ def test_a_resume_drops_rows_after_the_checkpoint_and_the_cut_line(tmp_path: Pat
     times = [row.pop("time") for row in rows]
     assert times == sorted(times)
     assert abs(times[-1] - time.time()) < 60
+    used = [row.pop("cpu_s") for row in rows]
+    assert used[0] > 0.1, "of the whole process, its imports included"
+    assert used[1] < used[0] / 10
     assert rows == [{"step": 1, "lr": 1.0}, {"step": 2, "lr": 2.0}, {"step": 3, "lr": 30.0}]
 
 

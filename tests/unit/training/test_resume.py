@@ -29,7 +29,7 @@ def bytes_of(run: Path, step: int = 20) -> dict[str, bytes]:
 
 def losses(run: Path) -> list[dict]:
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if k != "time" and not k.endswith("_per_s")} for row in rows]
+    return [{k: v for k, v in row.items() if k not in ("time", "cpu_s") and not k.endswith("_per_s")} for row in rows]
 
 
 def start_and_signal(recipe: Path, run: Path, number: int, after_step: int) -> int:
