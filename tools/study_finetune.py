@@ -50,15 +50,16 @@ class Method:
     is_scratch: bool = False
 
 
+REPLAYED = {"train.best": "val/loss"}  # of all fidelities: what a replay is for
 METHODS = {
     "scratch": Method("from scratch", {"optim.lr": 0.003}, is_scratch=True),
     "full": Method("full"),
     "lora": Method("lora", {"fine_tune.mode": "lora"}),
     "frozen": Method("frozen backbone", {"fine_tune.mode": "frozen"}),
     "heads": Method("heads", {"fine_tune.mode": "heads"}),
-    "replay_data": Method("full, replay of data", {"fine_tune.replay": "data"}),
-    "replay_predictions": Method("full, replay of predictions", {"fine_tune.replay": "predictions"}),
-    "lora_replay": Method("lora, replay of data", {"fine_tune.mode": "lora", "fine_tune.replay": "data"}),
+    "replay_data": Method("full, replay of data", REPLAYED | {"fine_tune.replay": "data"}),
+    "replay_predictions": Method("full, replay of predictions", REPLAYED | {"fine_tune.replay": "predictions"}),
+    "lora_replay": Method("lora, replay of data", REPLAYED | {"fine_tune.mode": "lora", "fine_tune.replay": "data"}),
 }
 
 
@@ -184,14 +185,16 @@ def judge(study: Study) -> dict[str, list[dict[str, dict[str, float]]]]:
 def report(study: Study, errors: dict[str, list[dict[str, dict[str, float]]]]) -> str:
     """Return the report as Markdown, and write the figure."""
     titles = {"refitted": "release, references refitted"} | {n: m.title for n, m in METHODS.items()}
+    share = read_yaml(RECIPE)["fine_tune"]["heads_first"]
     base = "the release given" if study.release else f"{study.base_steps} steps on {study.old}"
     lines = [
         f"# Fine-tuning to {study.new} with {study.labels} labels",
         "",
         f"Store {study.store.path.name} (`{study.store.fingerprint[:12]}`); release: {base}; fine-tuning: "
-        f"{study.steps} steps, learning rate {study.lr:g}; from scratch: as many steps as both. {len(study.seeds)} "
-        f"seeds, of weights and of the {study.labels} frames. Weights chosen by {study.labels} validation frames. Mean "
-        "absolute errors on the test split, mean ± standard deviation over seeds.",
+        f"{study.steps} steps, learning rate {study.lr:g}, heads first for {share:g} of the steps; from scratch: as "
+        f"many steps as both. {len(study.seeds)} seeds, of weights and of the {study.labels} frames. Weights chosen by "
+        f"the loss of {study.labels} validation frames, on {study.new} labels, with replay on those of all fidelities. "
+        "Mean absolute errors on the test split, mean ± standard deviation over seeds.",
         "",
         f"| method | {study.new} energy, meV/atom | {study.new} forces, meV/Å | {study.old} energy | "
         f"{study.old} forces | {study.old} after / before, energy, forces |",
