@@ -356,7 +356,7 @@ def _recipe(low: Contents, high: Contents, folder: Path, store: str, steps: int)
             "steps": steps,
             "validate_every": max(steps // 6, 1),
             "save_every": steps,
-            "best": f"val/{names[1]}/loss",
+            "best": "val/loss",
             "threads": 1,
         },
         "log": {"wandb": "disabled"},
@@ -422,8 +422,13 @@ def _methods(low: Contents, high: Contents, half: int, is_paired: bool) -> dict[
         "delta": {"title": "delta head", "changes": {"model.heads": delta}},
         "onehot": {"title": "one-hot conditioning", "changes": {"model.conditioning": {"kind": "onehot"}}},
         "mffm": {
-            "title": "one-hot conditioning and delta head",
-            "changes": {"model.conditioning": {"kind": "onehot"}, "model.heads": delta},
+            "title": "FiLM conditioning and delta head, draws by temperature",
+            "changes": {
+                "data.plan.pools": [_pool(low), _pool(high)],
+                "data.plan.temperature": 1.7,
+                "model.conditioning": {"kind": "film"},
+                "model.heads": delta,
+            },
         },
     }
     if is_paired:
