@@ -130,7 +130,8 @@ def comparison(
     figure, axes = plt.subplots(2, columns, figsize=(3.6 * columns, 6.2), squeeze=False, layout="constrained")
     for axis, (ylabel, lines) in zip(axes[0], curves.items(), strict=False):
         learning_curves(axis, lines, ylabel)
-    axes[0][0].legend(frameon=False, fontsize=8)
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=2, frameon=False, fontsize=8)
     for axis, (title, unit, label, prediction) in zip(axes[1], panels, strict=False):
         parity_panel(axis, label, prediction, title, unit)
     for axis in [*axes[0][len(curves) :], *axes[1][len(panels) :]]:
