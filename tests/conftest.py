@@ -1,6 +1,7 @@
 """Shared fixtures: a small store made from the shipped molecules by the ordinary ingest, and tiny recipes."""
 
 import os
+import signal
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
 os.environ["NO_COLOR"] = "1"
 os.environ["COLUMNS"] = "160"
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a suite in the background ignores it, and what it starts
 
 ROOT = Path(__file__).parents[1]
 SHIPPED = ROOT / "data" / "molecules.extxyz"

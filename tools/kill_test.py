@@ -42,7 +42,7 @@ PHASES = {
     "clean": "before old ones are removed",
 }
 STARTING, TRAINING = "random, before the first step", "random, in training"
-CLOCK = ("atoms_per_s", "edges_per_s", "seconds", "time")  # metrics that two equal runs do not share
+CLOCK = ("atoms_per_s", "edges_per_s", "seconds", "time", "cpu_s")  # metrics that two equal runs do not share
 LIFE_SECONDS = 180.0
 
 

@@ -100,7 +100,7 @@ def rows(run: Path) -> list[dict]:
     path = run / "metrics.jsonl"
     lines = path.read_text().splitlines() if path.exists() else []
     found = [json.loads(line) for line in lines if line.endswith("}")]
-    return [{k: v for k, v in row.items() if k != "time" and not k.endswith("_per_s")} for row in found]
+    return [{k: v for k, v in row.items() if k not in ("time", "cpu_s") and not k.endswith("_per_s")} for row in found]
 
 
 def start(hosts: Hosts, folder: Path, *arguments: str) -> "list[subprocess.Popen[str]]":

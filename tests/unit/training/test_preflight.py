@@ -22,7 +22,7 @@ TENSORS = ("model.safetensors", "ema.safetensors", "optimizer.safetensors")
 
 def losses(run: Path) -> list[dict]:
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if k != "time" and not k.endswith("_per_s")} for row in rows]
+    return [{k: v for k, v in row.items() if k not in ("time", "cpu_s") and not k.endswith("_per_s")} for row in rows]
 
 
 def test_only_then_train_and_the_same_numbers_without(
