@@ -75,6 +75,7 @@ class Study:
     base_steps: int
     steps: int
     lr: float
+    heads_first: float
     seeds: Sequence[int]
     release: Path | None
     backbone: dict[str, Any]
@@ -112,6 +113,8 @@ class Study:
             "data.plan.pools": [self.pool(seed)], "train.best": f"val/{self.new}/loss", "train.steps": self.steps,
             "optim.lr": self.lr,
         }  # fmt: skip
+        if not method.is_scratch:
+            changes["fine_tune.heads_first"] = self.heads_first
         changes |= method.changes
         if method.is_scratch:  # as many steps as the release and its fine-tuning had
             changes |= {"train.steps": self.base_steps + self.steps, "model": self._model(seed)}
@@ -185,14 +188,13 @@ def judge(study: Study) -> dict[str, list[dict[str, dict[str, float]]]]:
 def report(study: Study, errors: dict[str, list[dict[str, dict[str, float]]]]) -> str:
     """Return the report as Markdown, and write the figure."""
     titles = {"refitted": "release, references refitted"} | {n: m.title for n, m in METHODS.items()}
-    share = read_yaml(RECIPE)["fine_tune"]["heads_first"]
     base = "the release given" if study.release else f"{study.base_steps} steps on {study.old}"
     lines = [
         f"# Fine-tuning to {study.new} with {study.labels} labels",
         "",
         f"Store {study.store.path.name} (`{study.store.fingerprint[:12]}`); release: {base}; fine-tuning: "
-        f"{study.steps} steps, learning rate {study.lr:g}, heads first for {share:g} of the steps; from scratch: as "
-        f"many steps as both. {len(study.seeds)} seeds, of weights and of the {study.labels} frames. Weights chosen by "
+        f"{study.steps} steps, learning rate {study.lr:g}, heads first for {study.heads_first:g} of the steps; "
+        f"from scratch: as many steps as both. {len(study.seeds)} seeds, of weights and of the {study.labels} frames. Weights chosen by "
         f"the loss of {study.labels} validation frames, on {study.new} labels, with replay on those of all fidelities. "
         "Mean absolute errors on the test split, mean ± standard deviation over seeds.",
         "",
@@ -283,6 +285,7 @@ def main(
     base_steps: Annotated[int, typer.Option(help="of the release's training")] = 1500,
     steps: Annotated[int, typer.Option(help="of a fine-tuning")] = 300,
     lr: Annotated[float, typer.Option(help="of a fine-tuning")] = 0.001,
+    heads_first: Annotated[float, typer.Option(help="share of a fine-tuning's steps")] = 0.0,
     seeds: Annotated[str, typer.Option(help="comma-separated")] = "0,1,2",
     backbone: Annotated[str, typer.Option(help="YAML, of the release")] = "{size: S}",
     workers: Annotated[int, typer.Option(min=1, help="processes")] = 1,
@@ -293,7 +296,8 @@ def main(
     """Compare fine-tunings of a release to a new level of theory."""
     own = [int(s) for s in seeds.split(",")]
     study = Study(
-        folder, Store(store), old, new, labels, base_steps, steps, lr, own, release, yaml.safe_load(backbone)
+        folder, Store(store), old, new, labels, base_steps, steps, lr, heads_first, own, release,
+        yaml.safe_load(backbone),
     )  # fmt: skip
     if release is not None:
         require_untouched(study.store, release, trained_on)

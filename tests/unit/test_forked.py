@@ -117,13 +117,16 @@ for _ in range(3):
 
 @pytest.mark.slow
 def test_a_server_that_is_killed_leaves_what_it_forked_and_begins_anew(tmp_path: Path):
-    server = Server({"OMP_NUM_THREADS": "2"}, folder=forked.ROOT)
+    server = Server({"OMP_NUM_THREADS": "2", "MKL_NUM_THREADS": "2"}, folder=forked.ROOT)
     with open(os.devnull, "r+") as nothing:
         streams = [nothing.fileno()] * 3
         process = server.start(["-c", "import time; time.sleep(60)"], streams, tmp_path, os.environ)
-        assert server.start(["-c", THREADS], streams, tmp_path, os.environ).wait() == 0
+        with (tmp_path / "errors").open("wb") as errors:
+            pools = server.start(["-c", THREADS], [*streams[:2], errors.fileno()], tmp_path, os.environ)
+            assert pools.wait() == 0, (tmp_path / "errors").read_text()
         assert server._server is not None
         server._server.kill()
+        server._server.wait()
         assert process.poll() is None
         assert is_running(process.pid)
         process.terminate()

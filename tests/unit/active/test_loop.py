@@ -159,7 +159,7 @@ def test_structures_without_a_label_are_not_chosen_again(make: Callable[..., Pat
         frames.append("".join(text[at : at + size]))
         at += size
     sparse = build_store(tmp_path / "sparse", "".join(f for i, f in enumerate(frames) if i % 3))
-    config = make(label={"level": f"store:{sparse}@ccsdt"}, validation=14, test=15, n=12)
+    config = make(label={"level": f"store:{sparse}@ccsdt"}, validation=14, test=12, n=12)
     done = start(config)
     assert done.returncode == 0, done.stderr
     chosen = [row for name, found in ends(config).items() if name.startswith("round") for row in found[0]["rows"]]
