@@ -195,8 +195,8 @@ def report(study: Study, errors: dict[str, list[dict[str, dict[str, float]]]]) -
         f"Store {study.store.path.name} (`{study.store.fingerprint[:12]}`); release: {base}; fine-tuning: "
         f"{study.steps} steps, learning rate {study.lr:g}, heads first for {study.heads_first:g} of the steps; "
         f"from scratch: as many steps as both. {len(study.seeds)} seeds, of weights and of the {study.labels} frames. "
-        f"Weights chosen by the loss of {study.labels} validation frames, on {study.new} labels, with replay on those of all fidelities. "
-        "Mean absolute errors on the test split, mean ± standard deviation over seeds.",
+        f"Weights chosen by the loss of {study.labels} validation frames, on {study.new} labels, with replay on "
+        "those of all fidelities. Mean absolute errors on the test split, mean ± standard deviation over seeds.",
         "",
         f"| method | {study.new} energy, meV/atom | {study.new} forces, meV/Å | {study.old} energy | "
         f"{study.old} forces | {study.old} after / before, energy, forces |",
