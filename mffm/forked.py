@@ -95,11 +95,13 @@ def _serve(path: str) -> list[str]:
         if listener not in ready:
             continue
         connection, _ = listener.accept()
+        descriptors: list[int] = []
         try:
             request, descriptors = _received(connection)
             child = os.fork()
         except OSError:  # whoever asked is gone, or there is no room for a process: the connection's end tells it
-            connection.close()
+            for open_file in (connection.detach(), *descriptors):
+                os.close(open_file)
             continue
         if not child:
             signal.set_wakeup_fd(-1)
