@@ -64,6 +64,8 @@ CASES = {
                     (12, 25, 50, 100)),
     "redundant": Case("many frames of six molecules, one of each of the others", "stores/molecules", "gfn2", "pbe",
                       (12, 25, 50), few=6),
+    "ccsdt": Case("energies of many frames of six molecules, one of each of the others", "stores/molecules", "pbe",
+                  "ccsdt", (12, 25, 50), few=6),
     "alloys": Case("cells of four pseudo-binaries", "stores/alloys", "pbe_gpaw", "r2scan_gpaw", (6, 12, 24)),
 }  # fmt: skip
 
@@ -194,7 +196,7 @@ def errors_of(study: Study, cell: tuple[str, int, int]) -> Errors:
         if ENERGY not in of_frames:  # elements without references at this level
             continue
         found[split] = {}
-        for prop in (ENERGY, FORCES):
+        for prop in [p for p in (ENERGY, FORCES) if p in of_frames]:
             frames = of_frames[prop]
             means = frames.sums / frames.counts
             groups = store.group[frames.rows]
@@ -278,7 +280,7 @@ def claims(
         if way == "random":
             continue
         worse = []
-        for metric in (ENERGY, FORCES):
+        for metric in [m for m in (ENERGY, FORCES) if m in metrics]:
             mine, theirs = (by_labels(study, errors, w, "test", metric) for w in (way, "random"))
             for n in study.case.n:
                 spread = np.std(list(theirs[n].values()), ddof=1) if len(study.seeds) > 1 else 0.0
