@@ -317,6 +317,11 @@ def notes_of(settings: StudyConfig, like: str, time_of: str, minutes: float | No
     ]
 
 
+def title_of(network: str, minutes: float | None) -> str:
+    """Return the name in the report: a study may hold several of these results."""
+    return f"SevenNet's own code ({network}{'' if minutes is None else f', {minutes:g} CPU minutes'})"
+
+
 def main(
     config: Annotated[Path, typer.Argument(help="study YAML")],
     overrides: Annotated[list[str] | None, typer.Argument(help="key.key=value, as given to mffm study")] = None,
@@ -355,7 +360,7 @@ def main(
         entries = [judge(plan, cell, name, place) for cell in cells]
     shown = {"preset": preset, "network": model or preset, "batch": BATCH, "weights low, high": LOW_AND_HIGH[preset]}
     content = {
-        "name": name, "title": f"SevenNet's own code ({model or preset})", "code": install.version("sevennet"),
+        "name": name, "title": title_of(model or preset, minutes), "code": install.version("sevennet"),
         "settings": shown, "notes": notes_of(settings, like, time_of, minutes),
         "fingerprint": external.fingerprint(grid), "splits": settings.splits,
         "judges": judges.digests(grid.judges), "machine": bench_training.machine(), "date": time.strftime("%Y-%m-%d"),
