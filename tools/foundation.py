@@ -147,9 +147,8 @@ def domains_of(recipe: Recipe) -> list[Domain]:
 def plan_of(content: dict[str, Any], store: Store) -> Plan:
     recipe = validate(Recipe, content, str(content.get("name")))
     table = FidelityTable([store.fidelities[name] for name in recipe.fidelities])
-    return Plan(
-        build_pools(store, recipe.data.plan, table, recipe.model.backbone.cutoff), recipe.data.plan, recipe.seed
-    )  # fmt: skip
+    pools = build_pools(store, recipe.data.plan, table, recipe.model.backbone.cutoff)
+    return Plan(pools, recipe.data.plan, recipe.seed, recipe.train.steps)
 
 
 def work_of(plan: Plan) -> np.ndarray:

@@ -49,12 +49,22 @@ class PoolConfig(Schema):
         return weight
 
 
+class FinishConfig(Schema):
+    """The last steps of a run, which read some fidelities alone."""
+
+    fidelities: list[str] = Field(min_length=1, description="that the last steps read, at the shares that they have")
+    part: float = Field(1 / 3, gt=0, lt=1, description="of train.steps")
+
+
 class PlanConfig(Schema):
     """What a step reads. The global batch depends on nothing else, above all not on the number of ranks."""
 
     pools: list[PoolConfig] = Field(min_length=1)
     temperature: float = Field(
         1.0, ge=1.0, description="share of a pool ∝ size^(1/temperature): 1 proportional, large uniform"
+    )
+    finish: FinishConfig | None = Field(
+        None, description="fidelities that the last part of the run reads alone; None: the run ends as it goes on"
     )
     paired: bool = Field(False, description="draw a frame at all its fidelities together")
     edge_budget: int = Field(ge=1, description="edges of the global batch")
@@ -72,6 +82,22 @@ class PlanConfig(Schema):
     oversize: Literal["error", "single", "skip"] = Field(
         "error", description="a frame over the budget: stop, be a batch of its own, be left out"
     )
+
+    @model_validator(mode="after")
+    def _checks(self) -> "PlanConfig":
+        if self.finish is None:
+            return self
+        if self.paired:
+            raise ValueError(
+                "finish needs paired: false: a frame drawn at all its fidelities is not drawn at some alone"
+            )
+        known = {pool.fidelity for pool in self.pools}
+        for name in self.finish.fidelities:
+            if name not in known:
+                raise ValueError(
+                    f"finish.fidelities: {name!r} has no pool; those of the pools are {', '.join(sorted(known))}"
+                )
+        return self
 
 
 class DataSection(Schema):

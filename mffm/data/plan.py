@@ -178,8 +178,11 @@ class Plan:
         fingerprint: sha256 of everything that the order depends on.
     """
 
-    def __init__(self, pools: Sequence[Pool], config: PlanConfig, seed: int):
+    def __init__(self, pools: Sequence[Pool], config: PlanConfig, seed: int, steps: int | None = None):
         """Prepare the streams; O(frames) once, nothing in a step is.
+
+        Args:
+            steps: of the whole run; a plan with ``finish`` needs them.
 
         Raises:
             InputError: a frame over the budget under the policy ``error``; nothing left under ``skip``; weights for
@@ -194,7 +197,7 @@ class Plan:
             self._apply_oversize_policy(stream)
         self._streams = [stream for stream in self._streams if len(stream)]
         self._require_something()
-        self._phases = [_Phase(s, shares, self._expected_draws(shares)) for s, shares in self._shares_by_start()]
+        self._phases = [_Phase(s, shares, self._expected_draws(shares)) for s, shares in self._shares_by_start(steps)]
         self._expected: dict[int, dict[tuple[int, Property], float]] = {}  # first step of a phase → counts
         for stream in self._streams:
             digest = hashlib.blake2b(f"{seed} {stream.name}".encode(), digest_size=8).digest()
@@ -249,7 +252,7 @@ class Plan:
         if self.config.atom_budget is None and not any(stream.sizes.most_edges for stream in self._streams):
             raise InputError("data.plan: no frame has an edge within the cutoff; give atom_budget to limit a batch")
 
-    def _shares_by_start(self) -> list[tuple[int, np.ndarray]]:
+    def _shares_by_start(self, steps: int | None) -> list[tuple[int, np.ndarray]]:
         """Return (first step, share of each stream) of every phase.
 
         Share of a pool: its weight, or size^(1/temperature). Of a paired stream: units × the largest rate per frame
@@ -267,11 +270,19 @@ class Plan:
                 f"data.plan.pools: weight is given for some pools and not for {', '.join(without)}; "
                 "give it for all, or for none and set data.plan.temperature"
             )
+        starts = {0}.union(*(w for w in given if isinstance(w, Mapping)))
+        finish, finish_start = self.config.finish, None
+        if finish is not None:
+            assert steps is not None
+            finish_start = round((1 - finish.part) * steps)
+            starts.add(finish_start)
         found = []
-        for start in sorted({0}.union(*(w for w in given if isinstance(w, Mapping)))):
+        for start in sorted(starts):
             wanted = (
                 np.array([_weight_at(w, start) for w in given]) if given else sizes ** (1 / self.config.temperature)
             )
+            if finish is not None and finish_start is not None and start >= finish_start:
+                wanted = wanted * [pool.fidelity in finish.fidelities for pool in self.pools]
             if not wanted.any():
                 raise InputError(f"data.plan.pools: no pool has a weight above 0 from step {start} on")
             rate = wanted / wanted.sum() / sizes

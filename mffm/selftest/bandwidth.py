@@ -100,7 +100,9 @@ def loader_rate(recipe: Recipe, ranks: Ranks, seconds: float) -> dict[str, float
     store = Store(recipe.data.store, recipe.data.layers)
     fidelities = FidelityTable(store.fidelities[name] for name in recipe.fidelities)
     cutoff = recipe.model.backbone.cutoff
-    plan = Plan(build_pools(store, recipe.data.plan, fidelities, cutoff), recipe.data.plan, recipe.seed)
+    plan = Plan(
+        build_pools(store, recipe.data.plan, fidelities, cutoff), recipe.data.plan, recipe.seed, recipe.train.steps
+    )
     counts = {"systems": 0, "atoms": 0, "edges": 0}
     with Loader(store, plan, fidelities, cutoff, rank=ranks.rank, world_size=ranks.world_size) as loader:
         for _ in range(3):  # what lies ready already

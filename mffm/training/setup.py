@@ -87,7 +87,7 @@ def prepare(recipe: Recipe, saved: PotentialSpec | None = None) -> Setup:
             _require_same_d3(recipe, other, str(path), init_from)
     cutoff = recipe.model.backbone.cutoff
     pools = build_pools(store, recipe.data.plan, fidelities, cutoff)
-    plan = Plan(pools, recipe.data.plan, recipe.seed)
+    plan = Plan(pools, recipe.data.plan, recipe.seed, recipe.train.steps)
     used = live_labels(pools)
     loss = Loss(recipe.loss, fidelities.names, used)
     torch.manual_seed(recipe.seed)

@@ -266,6 +266,43 @@ def test_steps_without_any_weight_are_refused():
         plan_config(pools=[{"fidelity": "a", "weight": {10: 1.0}}])
 
 
+# A last part on some fidelities alone
+
+
+def finishing(steps=60, **finish):
+    pools = [plan_pool("a", rows=900), plan_pool("b", 1, rows=100), plan_pool("c", 2, rows=300)]
+    config = plan_config(
+        pools=[{"fidelity": name} for name in "abc"], temperature=2.0, finish={"fidelities": ["b", "c"], **finish}
+    )
+    return Plan(pools, config, 0, steps)
+
+
+def test_the_last_part_reads_its_fidelities_alone_at_the_shares_that_they_have():
+    plan = finishing()
+    before, after = plan.shares(39), plan.shares(40)
+    assert before["b"] / before["c"] == pytest.approx(after["b"] / after["c"]) == pytest.approx((1 / 3) ** 0.5)
+    assert before["a"] > 0.4
+    assert after["a"] == 0
+    steps, _ = run_steps(plan, 60)
+    assert [0 in step.pool for step in steps] == [True] * 40 + [False] * 20
+    assert set(plan.expected_counts(40)) == {(f, prop) for f in (1, 2) for prop in ("energy", "forces")}
+
+
+def test_the_last_part_is_one_of_the_steps_and_of_the_fingerprint():
+    assert finishing(part=0.25).shares(44)["a"] > 0
+    assert finishing(part=0.25).shares(45)["a"] == 0
+    prints = [finishing(steps, part=part).fingerprint for steps, part in ((60, 0.25), (60, 0.5), (80, 0.25))]
+    assert len(set(prints)) == 3
+
+
+def test_a_last_part_that_cannot_be_is_refused():
+    pools = [{"fidelity": "a"}, {"fidelity": "b"}]
+    with pytest.raises(ValueError, match=r"finish.fidelities: 'c' has no pool; those of the pools are a, b"):
+        plan_config(pools=pools, finish={"fidelities": ["c"]})
+    with pytest.raises(ValueError, match=r"finish needs paired: false"):
+        plan_config(pools=pools, finish={"fidelities": ["b"]}, paired=True)
+
+
 # Partition
 
 
