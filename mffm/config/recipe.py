@@ -50,10 +50,15 @@ class PoolConfig(Schema):
 
 
 class FinishConfig(Schema):
-    """The last steps of a run, which read some fidelities alone."""
+    """The last steps of a run, which read some fidelities alone; the best weights are of these steps."""
 
     fidelities: list[str] = Field(min_length=1, description="that the last steps read, at the shares that they have")
-    part: float = Field(1 / 3, gt=0, lt=1, description="of train.steps")
+    part: float = Field(1 / 3, gt=0, lt=1, description="of train.steps, at most")
+    passes: float = Field(
+        100,
+        gt=0,
+        description="through the frames of these fidelities, at most: the fewer there are, the later it begins",
+    )
 
 
 class PlanConfig(Schema):

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from mffm.config.recipe import PlanConfig
+from mffm.config.recipe import FinishConfig, PlanConfig
 from mffm.data.permutation import mix, permute, permute_near
 from mffm.data.pools import COLUMNS, LARGE, Pool, Sizes, bit, build_pools
 from mffm.errors import InputError
@@ -175,6 +175,7 @@ class Plan:
     Attributes:
         pools: as given.
         oversize: pool name → frames over a budget (left out under ``skip``, steps of their own under ``single``).
+        finish_start: first step of the last part, on some fidelities alone; 0 where the config has none.
         fingerprint: sha256 of everything that the order depends on.
     """
 
@@ -191,6 +192,7 @@ class Plan:
         self.pools = list(pools)
         self.config = config
         self.seed = seed
+        self.finish_start = 0
         self.oversize = {pool.name: 0 for pool in pools}
         self._streams = _paired_streams(self.pools) if config.paired else _single_streams(self.pools)
         for stream in self._streams:
@@ -271,17 +273,17 @@ class Plan:
                 "give it for all, or for none and set data.plan.temperature"
             )
         starts = {0}.union(*(w for w in given if isinstance(w, Mapping)))
-        finish, finish_start = self.config.finish, None
+        finish = self.config.finish
         if finish is not None:
             assert steps is not None
-            finish_start = round((1 - finish.part) * steps)
-            starts.add(finish_start)
+            self.finish_start = self._finish_start(finish, steps)
+            starts.add(self.finish_start)
         found = []
         for start in sorted(starts):
             wanted = (
                 np.array([_weight_at(w, start) for w in given]) if given else sizes ** (1 / self.config.temperature)
             )
-            if finish is not None and finish_start is not None and start >= finish_start:
+            if finish is not None and start >= self.finish_start:
                 wanted = wanted * [pool.fidelity in finish.fidelities for pool in self.pools]
             if not wanted.any():
                 raise InputError(f"data.plan.pools: no pool has a weight above 0 from step {start} on")
@@ -289,6 +291,15 @@ class Plan:
             shares = np.array([len(s) * max(rate[p] for p, _ in s.members) for s in self._streams])
             found.append((start, shares / shares.sum()))
         return found
+
+    def _finish_start(self, finish: FinishConfig, steps: int) -> int:
+        """Return the first step of the last part."""
+        read = [s for s in self._streams if self.pools[s.members[0][0]].fidelity in finish.fidelities]
+        edges = sum(len(s) * s.sizes.mean_edges for s in read)
+        steps_a_pass = edges / self.config.edge_budget
+        if self.config.atom_budget is not None:
+            steps_a_pass = max(steps_a_pass, sum(len(s) * s.sizes.mean_atoms for s in read) / self.config.atom_budget)
+        return steps - max(1, round(min(finish.part * steps, finish.passes * steps_a_pass)))
 
     def _expected_draws(self, shares: np.ndarray) -> int:
         edges = sum(share * s.sizes.mean_edges for share, s in zip(shares, self._streams, strict=True))

@@ -122,7 +122,7 @@ def _run_as_rank(recipe: Recipe, run: Path, resume: bool, ranks: distributed.Ran
             if setup.start is not None:
                 for line in forgetting.begin(run, setup, evaluated, ranks):
                     log.say(line)
-            _keep_best(run, validator(evaluated), state, evaluated, recipe, log, ranks)
+            _keep_best(run, validator(evaluated), state, evaluated, setup, log, ranks)
         watch = LossWatch(recipe.train.spike_factor)
         begin = recipe.heads_first_steps if modes.trained_ahead(module, recipe) else 0
         ended = "stopped_early" if _out_of_patience(state, recipe) else "finished"
@@ -142,9 +142,9 @@ def _run_as_rank(recipe: Recipe, run: Path, resume: bool, ranks: distributed.Ran
             if state.step % recipe.train.log_every == 0 or last:
                 seconds = time.perf_counter() - started
                 _log_step(log, setup, plan, state.step, parts, lr, norm, seconds)
-            if state.step % recipe.train.validate_every == 0 or last:
+            if state.step % recipe.train.validate_every == 0 or last or state.step == setup.plan.finish_start:
                 evaluated.load_state_dict(merged(sharding.whole(module, ema.weights)))
-                _keep_best(run, validator(evaluated), state, evaluated, recipe, log, ranks)
+                _keep_best(run, validator(evaluated), state, evaluated, setup, log, ranks)
                 if _out_of_patience(state, recipe):
                     ended = "stopped_early"
             if state.step % recipe.train.save_every == 0 or last or stop or ended != "finished":
@@ -314,20 +314,16 @@ def _keep_best(
     metrics: dict[str, float],
     state: TrainState,
     evaluated: torch.nn.Module,
-    recipe: Recipe,
+    setup: Setup,
     log: RunLog,
     ranks: distributed.Ranks,
 ) -> None:
     """Log a validation; keep the weights that are best by the recipe's metric, and by each fidelity's loss."""
-    metric = recipe.train.best
+    recipe, metric = setup.recipe, setup.recipe.train.best
     log.metrics(state.step, metrics)
     watched = {"best": metric} | {f"best-{n}": f"val/{n}/loss" for n in recipe.fidelities if f"val/{n}/loss" in metrics}
-    state.validations_since_best += 1
+    state.note(metrics, metric, set(watched.values()), setup.plan.finish_start)
     for name, key in watched.items():
-        if math.isfinite(metrics[key]) and (key not in state.best or metrics[key] < state.best[key]["value"]):
-            state.best[key] = {"value": metrics[key], "step": state.step}
-            if name == "best":
-                state.validations_since_best = 0
         if key in state.best and state.best[key]["step"] == state.step and ranks.is_main:
             write_weights(run / "weights" / f"{name}.safetensors", evaluated.state_dict())
     shown = "  ".join(f"{k.removeprefix('val/')} {v:.1f}" for k, v in metrics.items() if k.endswith("_mae"))

@@ -1,5 +1,7 @@
 """The state of a run besides its tensors: typed, JSON-able, restored strictly."""
 
+import math
+from collections.abc import Mapping, Set
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -32,6 +34,21 @@ class TrainState:
     validations_since_best: int = 0
     ema_updates: int = 0
     wandb_id: str = ""
+
+    def note(self, metrics: Mapping[str, float], main: str, watched: Set[str], finish_start: int) -> None:
+        """Note a validation: the best value of each metric, and for how long the main one has not become better.
+
+        Where the plan ends on some fidelities alone, neither looks back beyond the step with which that part begins:
+        a few frames of an expensive fidelity would now and then choose weights that are far from trained.
+        """
+        self.validations_since_best = self.validations_since_best + 1 if self.step >= finish_start else 0
+        if 0 < self.step == finish_start:
+            self.best.pop(main, None)
+        for key in watched:
+            if math.isfinite(metrics[key]) and (key not in self.best or metrics[key] < self.best[key]["value"]):
+                self.best[key] = {"value": metrics[key], "step": self.step}
+                if key == main:
+                    self.validations_since_best = 0
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

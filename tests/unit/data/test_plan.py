@@ -295,6 +295,15 @@ def test_the_last_part_is_one_of_the_steps_and_of_the_fingerprint():
     assert len(set(prints)) == 3
 
 
+def test_few_frames_make_the_last_part_short():
+    plan = finishing(3000, passes=10, part=0.5)
+    assert 1500 < plan.finish_start < 3000
+    cursor = Cursor(plan.finish_start, plan.start().streams, (0, 0, 0))
+    drawn = sum(len(step.rows) for step in run_steps(plan, 3000 - plan.finish_start, cursor)[0])
+    assert drawn / 400 == pytest.approx(10, rel=0.1)  # b and c have 400 frames
+    assert finishing(3000, passes=1e-6).finish_start == 2999
+
+
 def test_a_last_part_that_cannot_be_is_refused():
     pools = [{"fidelity": "a"}, {"fidelity": "b"}]
     with pytest.raises(ValueError, match=r"finish.fidelities: 'c' has no pool; those of the pools are a, b"):

@@ -29,6 +29,7 @@ TRAINING = {"activation_checkpointing": {"activation_checkpointing": True}, "bfl
 METHODS |= dict.fromkeys([*TRAINING, "escn"], METHODS["sevennet_mf"])
 METHODS |= dict.fromkeys(["direct", "conservative_after_direct"], METHODS["idle"])
 METHODS["d3"] = METHODS["idle"]
+METHODS["finish"] = METHODS["idle_from_lf_head"]
 ESCN = {"kind": "escn", "cutoff": 4.0, "sphere_channels": 8, "hidden_channels": 8, "edge_channels": 8, "n_radial": 8}
 D3 = {"pbe": {"functional": "pbe"}}
 RUN_ALL = """
@@ -66,6 +67,9 @@ def runs(
         recipe["references"] = {"anchor": pools[0]["fidelity"]} if "energy" in pools[0]["properties"] else {}
         recipe["train"] = {"steps": 10, "validate_every": 5, "save_every": 10, "log_every": 1, "threads": 1}
         recipe["train"] |= TRAINING.get(name, {})
+        if name == "finish":
+            recipe["data"]["plan"]["finish"] = {"fidelities": ["pbe"], "part": 0.3}
+            recipe["train"] |= {"patience": 1}
         recipes.append(folder / f"{name}.yaml")
         recipes[-1].write_text(yaml.safe_dump(recipe))
     done = forked.run(["-c", RUN_ALL, *map(str, recipes)])
@@ -180,6 +184,15 @@ def test_a_fidelity_trained_without_energies_has_none(runs: dict[str, Path]):
         atoms.get_potential_energy()
     atoms.calc = Calculator(runs["lf_forces_only"], fidelity="ccsdt")
     assert atoms.get_potential_energy() < -1000
+
+
+def test_a_run_that_finishes_on_one_fidelity_has_its_best_weights_from_there(runs: dict[str, Path]):
+    found = rows(runs["finish"])
+    assert [r["step"] for r in found if r.get("labels/gfn2/energy")] == [1, 2, 3, 4, 5, 6, 7]
+    losses = {r["step"]: r["val/loss"] for r in found if "val/loss" in r}
+    assert list(losses) == [5, 7, 10], "where the last part begins is validated too"
+    state = json.loads((runs["finish"] / "checkpoints" / "step-00000010" / "state.json").read_text())["state"]
+    assert state["best"]["val/loss"] == {"value": losses[10], "step": 10}
 
 
 def test_paired_draws_a_frame_at_all_its_fidelities(runs: dict[str, Path]):
