@@ -1,6 +1,7 @@
 """What a label costs: structures a second and core, and the core-hours of a large set.
 
     OMP_NUM_THREADS=1 python tools/bench_label.py [FILES ...] --level gfn2 --structures 2000
+    python tools/bench_label.py [FILES ...] --structures 100000 --write many.extxyz    # for a long run of `mffm label`
 
 Each file's structures, displaced anew by 0.01 Å as often as needed, are labelled by ``mffm.label`` with one worker,
 once all and once a tenth of them: the difference has no start-up in it. CPU seconds are those of all processes, so that
@@ -41,6 +42,10 @@ class Cost:
     calculation: float
 
 
+def frames_of(path: Path) -> list[Atoms]:
+    return [frame for frame in read(path, ":") if isinstance(frame, Atoms)]
+
+
 def displaced(frames: list[Atoms], n: int, rng: np.random.Generator) -> list[Atoms]:
     """Return ``n`` structures, without labels, that no two are the same of."""
     made = []
@@ -72,8 +77,7 @@ def measured(frames: list[Atoms], level: str, folder: Path) -> Cost:
 
 def row(path: Path, level: str, n: int) -> str:
     """Return one row of the table."""
-    frames = [frame for frame in read(path, ":") if isinstance(frame, Atoms)]
-    made = displaced(frames, n, np.random.default_rng(0))
+    made = displaced(frames_of(path), n, np.random.default_rng(0))
     with tempfile.TemporaryDirectory() as folder:
         few = measured(made[: max(1, n // 10)], level, Path(folder))
         all_of_them = measured(made, level, Path(folder))
@@ -91,15 +95,24 @@ def main(
     files: Annotated[list[Path] | None, typer.Argument(help="structures; the shipped molecules if not given")] = None,
     level: Annotated[str, typer.Option(help="of mffm label")] = "gfn2",
     structures: Annotated[int, typer.Option(min=20, help="to label, of each file")] = 2000,
+    write_to: Annotated[
+        Path | None,
+        typer.Option("--write", help="file for so many structures of all files in turn; nothing is measured"),
+    ] = None,
 ) -> None:
     """Measure a level on structures; a table in Markdown."""
+    files = files or [DATA / "molecules.extxyz"]
+    if write_to is not None:
+        frames = [frame for path in files for frame in frames_of(path)]
+        write(write_to, displaced(frames, structures, np.random.default_rng(0)))
+        return
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     print(f"{machine()}; load {os.getloadavg()[0]:.1f}\n")
     print(
         "| level | structures of | labelled | atoms | calculation, CPU ms | all, CPU ms | a second and core | "
         f"start-up, CPU s | {LARGE:,} structures, core-hours |\n|---|---|---|---|---|---|---|---|---|"
     )
-    for path in files or [DATA / "molecules.extxyz"]:
+    for path in files:
         print(row(path, level, structures), flush=True)
 
 
