@@ -13,6 +13,7 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 from typing import Any
 
+from mffm.data.workers import one_thread_each
 from mffm.errors import InputError
 from mffm.failures import ending
 from mffm.label.journal import Journal, Limits, Record, read
@@ -34,7 +35,6 @@ LARGEST_CHUNK = 100  # structures; of milliseconds each, so that handing over co
 WATCH_SECONDS = 0.1
 GROWN_BYTES = 1 << 30  # a worker that has grown so much leaks: it is replaced
 MOST_STILLBORN = 3  # workers in a row that die before their first structure
-THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")  # that wait for each other multiply CPU time
 
 
 @dataclass
@@ -76,7 +76,6 @@ class Pool:
             InputError: a code cannot be started, or nothing more can be written.
         """
         self._todo.extend(todo)
-        os.environ.update(dict.fromkeys(THREADS, "1"))
         try:
             for _ in range(min(self.n_workers, len(self._todo))):
                 self._start()
@@ -111,7 +110,8 @@ class Pool:
         self._n_started += 1
         name = f"{self.prefix}-{time.time_ns():x}-{os.getpid()}-{self._n_started}"
         process = context.Process(target=run, args=(str(self.work.folder), name, shared, theirs), daemon=True)
-        process.start()
+        with one_thread_each():
+            process.start()
         theirs.close()  # else nobody would see the end of the process here
         self._workers.append(_Worker(process, ours, shared, name))
 

@@ -19,7 +19,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, Literal
 
-from mffm.data.workers import end_with_parent
+from mffm.data.workers import end_with_parent, one_thread_each
 from mffm.errors import InputError, told
 from mffm.evaluate.benchmark.source import Source
 from mffm.evaluate.benchmark.task import Options, Task, checked
@@ -28,7 +28,6 @@ from mffm.failures import ending
 Reason = Literal["raised", "not finite", "time limit", "died"]
 START_LIMIT = 600.0  # s, to import packages, build the calculator and read the data
 POLL = 0.5  # s
-THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")
 
 
 @dataclass(frozen=True)
@@ -112,17 +111,9 @@ def compute(work: Work, ids: Sequence[str], workers: int, limit: float) -> Itera
 def _start(work: Work) -> _Worker:
     context = multiprocessing.get_context("spawn")  # forks of a process with threads of torch hang
     here, there = context.Pipe()
-    before = {name: os.environ.get(name) for name in THREADS}
-    os.environ.update(dict.fromkeys(THREADS, "1"))
-    try:
-        process = context.Process(target=_main, args=(there, work), daemon=True)
+    process = context.Process(target=_main, args=(there, work), daemon=True)
+    with one_thread_each():
         process.start()
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
     there.close()
     return _Worker(process, here, time.monotonic())
 
