@@ -165,12 +165,12 @@ def choose(study: Study) -> None:
                 way, max(case.n), case.low, seed=seed, without=others.tolist(), elements_first=True, covered=[]
             )
             found = selection.select(study.base, [store.path], options, study.folder / "asked", lambda *_: None)
-            (origin,) = found.pool.origins
-            picked = origin.rows[found.candidates[[pick.index for pick in found.picks]]]  # type: ignore[attr-defined]
+            picked = found.pool.take(found.candidates[[pick.index for pick in found.picks]].tolist())
+            ids = [atoms.info["frame_id"] for atoms in picked]
             for n in case.n:
                 file = study.chosen(way, n, seed)
                 file.parent.mkdir(parents=True, exist_ok=True)
-                write_text(file, "\n".join(store.frame_id(row) for row in picked[:n].tolist()) + "\n")
+                write_text(file, "\n".join(ids[:n]) + "\n")
 
 
 def train(study: Study, workers: int) -> None:
