@@ -193,6 +193,9 @@ class OptimConfig(Schema):
     lr: float = Field(2e-3, gt=0)
     final_lr_fraction: float = Field(0.01, ge=0, le=1)
     warmup_steps: int = Field(100, ge=0)
+    finish_factor: float = Field(
+        0.4, gt=0, description="on the learning rate of the last part of the run, data.plan.finish, where there is one"
+    )
     betas: tuple[Below1, Below1] | None = Field(
         None, description="decays of the moments; None: 0.95, 0.95 of soap, else 0.9, 0.999"
     )

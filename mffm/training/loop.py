@@ -129,7 +129,10 @@ def _run_as_rank(recipe: Recipe, run: Path, resume: bool, ranks: distributed.Ran
         while state.step < recipe.train.steps and ended == "finished":
             started = time.perf_counter()
             plan, batches, cursor = next(loader)
-            lr, late_lr = (learning_rate(state.step, recipe.train.steps, recipe.optim, b) for b in (0, begin))
+            lr, late_lr = (
+                learning_rate(state.step, recipe.train.steps, recipe.optim, b, setup.plan.finish_start)
+                for b in (0, begin)
+            )
             try:
                 parts, norm = train_step(engine, setup, plan, batches, ranks, lr, watch, late_lr)
             except SickStepError as sick:

@@ -96,6 +96,8 @@ def test_energies_alone_of_one_molecule_partly_elsewhere(tmp_path: Path):
     assert found.study["ood"] is None
     assert found.study["properties"] == ["energy"]
     assert not {"delta_exact", "delta_ml"} & set(found.study["methods"])
+    changes = found.study["methods"]["mffm"]["changes"]
+    assert (changes["data.plan.finish"], changes["train.best"]) == ({"fidelities": ["high"]}, "val/high/energy_mae")
     assert len(found.commands) == 2
     assert not new.notes(found)
     assert expanded(found, tmp_path / "store").cells

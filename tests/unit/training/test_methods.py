@@ -189,6 +189,8 @@ def test_a_fidelity_trained_without_energies_has_none(runs: dict[str, Path]):
 def test_a_run_that_finishes_on_one_fidelity_has_its_best_weights_from_there(runs: dict[str, Path]):
     found = rows(runs["finish"])
     assert [r["step"] for r in found if r.get("labels/gfn2/energy")] == [1, 2, 3, 4, 5, 6, 7]
+    rates, usual = ({r["step"]: r["lr"] for r in rows(runs[n]) if "lr" in r} for n in ("finish", "idle_from_lf_head"))
+    assert [rates[step] / usual[step] for step in rates] == pytest.approx([1.0] * 7 + [0.4] * 3)
     losses = {r["step"]: r["val/loss"] for r in found if "val/loss" in r}
     assert list(losses) == [5, 7, 10], "where the last part begins is validated too"
     state = json.loads((runs["finish"] / "checkpoints" / "step-00000010" / "state.json").read_text())["state"]
