@@ -1,5 +1,6 @@
 """Plots of mffm: parity, learning curves, properties. matplotlib is imported when a plot is drawn."""
 
+import textwrap
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -232,9 +233,12 @@ def label_curves(
     rows = -(-len(panels) // columns)
     names = list(dict.fromkeys(name for entries in panels.values() for name in entries))
     width = 4.2 * columns
-    longest = max(map(len, names), default=0) + 8  # in letters, the key included; an inch holds 18
+    fits = int(16 * width) - 8  # letters of a line beside the key
+    told = [textwrap.fill(name, fits) for name in names]
+    longest = min(fits, max(map(len, names), default=0)) + 8
     in_a_row = max(1, min(3, int(18 * width / longest)))
-    size = (width, 3.3 * rows + 0.18 * -(-len(names) // in_a_row))
+    lines = sum(text.count("\n") + 1 for text in told)
+    size = (width, 3.3 * rows + 0.18 * -(-lines // in_a_row))
     figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
     handles: dict[str, Any] = {}
     for axis, (ylabel, entries) in zip(axes.flat, panels.items(), strict=False):
@@ -259,7 +263,7 @@ def label_curves(
     for axis in list(axes.flat)[len(panels) :]:
         axis.set_visible(False)
     figure.legend(
-        list(handles.values()), list(handles), loc="outside upper center", ncols=in_a_row, frameon=False, fontsize=8
+        [handles[name] for name in names], told, loc="outside upper center", ncols=in_a_row, frameon=False, fontsize=8
     )  # fmt: skip
     figure.savefig(path)
     plt.close(figure)
