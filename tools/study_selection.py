@@ -271,6 +271,13 @@ def report(study: Study, errors: dict[str, Errors]) -> tuple[str, dict[str, Any]
     return "\n".join(lines) + "\n", {"errors": errors, "shares": shares, "claims": told}
 
 
+def verdict_of(shares: Sequence[float]) -> str:
+    """Return what shares of random's labels, at several numbers of labels, say of the claim."""
+    if max(shares) <= FLOOR:
+        return "shown" if max(shares) <= SHARE else "floor"
+    return "in part" if min(shares) <= SHARE else "floor in part" if min(shares) <= FLOOR else "**not shown**"
+
+
 def claims(
     study: Study, errors: dict[str, Errors], splits: Sequence[str], metrics: Sequence[str]
 ) -> list[tuple[str, str]]:
@@ -292,8 +299,7 @@ def claims(
         hard = [(s, m) for s in splits for m in metrics if s != "test" or m.endswith(("p99", "worst_group"))]
         for split, metric in hard:
             values = [share(study, errors, way, split, metric, n) for n in study.case.n[:-1]]
-            best = min(values, key=lambda one: one.value)
-            verdict = "shown" if best.value <= SHARE else "floor" if best.value <= FLOOR else "**not shown**"
+            verdict = verdict_of([one.value for one in values])
             claim = f"{way}: {split} {metric.replace('_', ' ')}: at most {SHARE:g} ({FLOOR:g}) of random's labels"
             told.append((claim, f"{verdict}: {', '.join(one.text() for one in values)}"))
     return told
