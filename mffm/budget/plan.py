@@ -1,8 +1,9 @@
-"""How to spend a budget on labels of one to three levels: e² = Σ e_level², each falling with its number of labels.
+"""How to spend a budget on labels of one to three levels, from a learning curve of each.
 
-The error of the lowest level is its whole learning curve. Of a higher level it is only the part that falls: the floor
-of its curve is what the lower levels leave. Independent curves and their sum of squares were 3 to 12 % low on grids of
-kernel models, so 7.5 % of uncertainty is added for the form.
+The error is that of the highest level: e² = e_high(N)² - Σ over lower levels of κ (e_low(n)² - e_low(N)²). Its curve
+was measured with the n labels that the lower levels have, and holds as long as they have no more; what a lower level
+becomes better by takes κ times its squares away, never more than leaves the part of the high curve that falls. κ is
+uniform between 0 and 2: the grid of docs/studies/planner.md has 0.4 to 2.4, a sum of independent squares would have 1.
 """
 
 import itertools
@@ -17,7 +18,8 @@ from mffm.budget.costs import CostModel
 from mffm.budget.curves import Curve, Posterior, posterior
 from mffm.errors import InputError
 
-FORM = 0.075  # standard deviation of the logarithm that the sum of squares is wrong by
+FORM = 0.075  # standard deviation of the logarithm that the form is wrong by
+CARRIED = 2.0  # most of a lower level's gain, in squares, that the highest level gains
 WARN, REFUSE = 4.0, 16.0  # labels over the largest number that was tried
 AS_GOOD = 1.05  # error over the least one up to which a split of the budget counts as equally good
 FIRST = 1 / 3  # share to buy before the curves are fitted again
@@ -122,11 +124,12 @@ def propose(levels: Sequence[Level], budget: float) -> Plan:
     spends = np.array([[*c, min(budget - sum(c), last.cap)] for c in combinations])
     if not others:  # less than all may be as good
         spends = _spends(last, budget, _GRID[1])[:, None]
-    squared = np.zeros((len(spends), _DRAWS))
-    for i, level in enumerate(levels):
+    gains = np.zeros((len(spends), _DRAWS))
+    for i, level in enumerate(others):
         unique, at = np.unique(spends[:, i], return_inverse=True)
-        squared += np.stack([_squared(level, i == 0, seconds)[:_DRAWS] for seconds in unique])[at.reshape(-1)]
-    medians = np.sqrt(np.median(squared, axis=1))
+        gains += np.stack([_gain(level, seconds)[:_DRAWS] for seconds in unique])[at.reshape(-1)]
+    high = np.stack([np.stack(_squared(last, seconds))[:, :_DRAWS] for seconds in spends[:, -1]])
+    medians = np.sqrt(np.median(np.maximum(high[:, 0] - gains, high[:, 1]), axis=1))
     best = int(np.argmin(medians))
     good = spends[medians <= AS_GOOD * medians[best]]
     shares = []
@@ -144,22 +147,35 @@ def propose(levels: Sequence[Level], budget: float) -> Plan:
 
 def error_at(levels: Sequence[Level], seconds: Sequence[float]) -> tuple[float, float, float]:
     """Return median, low and high of 90 % of the error after so many CPU seconds were spent on each level."""
-    squared = sum(_squared(level, i == 0, spent) for i, (level, spent) in enumerate(zip(levels, seconds, strict=True)))
-    form = FORM * np.random.default_rng(2).standard_normal(np.shape(squared)) if len(levels) > 1 else 0.0
+    *others, last = levels
+    squared, least = _squared(last, seconds[-1])
+    for level, spent in zip(others, seconds, strict=False):
+        squared = squared - _gain(level, spent)
+    squared = np.maximum(squared, least)
+    form = FORM * np.random.default_rng(2).standard_normal(np.shape(squared)) if others else 0.0
     low, middle, high = np.quantile(np.sqrt(squared) * np.exp(form), [0.05, 0.5, 0.95])
     return float(middle), float(low), float(high)
 
 
-def _squared(level: Level, is_lowest: bool, seconds: float) -> np.ndarray:
-    """Return e_level² of each draw, the draw's deviation from its form included."""
+def _squared(level: Level, seconds: float) -> tuple[np.ndarray, np.ndarray]:
+    """Return e² of each draw of the highest level, its deviation from the form included, and e² of what falls alone."""
     own = level.posterior
     noise = np.random.default_rng(_number_of(level.name)).standard_normal(len(own.exponent))
     n_labels = level.have + seconds / level.cost.mean
-    return np.square(own.errors(n_labels, with_floor=is_lowest) * np.exp(own.deviation * noise))
+    whole, falling = (own.errors(n_labels, with_floor) * np.exp(own.deviation * noise) for with_floor in (True, False))
+    return np.square(whole), np.square(falling)
+
+
+def _gain(level: Level, seconds: float) -> np.ndarray:
+    """Return by how much labels of a lower level make the squared error of the highest less, of each draw."""
+    own = level.posterior
+    carried = np.random.default_rng(_number_of(level.name)).uniform(0, CARRIED, len(own.exponent))
+    n_labels = level.have + seconds / level.cost.mean
+    return carried * (np.square(own.errors(level.have)) - np.square(own.errors(n_labels)))
 
 
 def _number_of(name: str) -> int:
-    """Return a number that names a level in every process: levels deviate from their forms independently."""
+    """Return a number that names a level in every process: what is drawn for levels is independent."""
     return int.from_bytes(name.encode()[:8].ljust(8, b"\0"), "little")
 
 

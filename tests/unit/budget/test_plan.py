@@ -19,9 +19,13 @@ IDLE = ROOT / "docs" / "studies" / "idle" / "report.json"
 COSTS = ROOT / "data" / "molecules_many.extxyz"
 
 
-def curve(level: str, a: float, b: float, c: float, sizes=(25, 50, 100, 200, 400), noise: float = 0.0, seed: int = 0):
+def curve(
+    level: str, a: float, b: float, c: float, sizes=(25, 50, 100, 200, 400), noise: float = 0.0, seed: int = 0,
+    below: float = 0.0,
+):  # fmt: skip
+    """a N^-b + c, on top of an error that the labels of lower levels leave."""
     rng = np.random.default_rng(seed)
-    errors = [(a * n**-b + c) * math.exp(noise * rng.normal()) for n in sizes]
+    errors = [math.hypot(below, a * n**-b + c) * math.exp(noise * rng.normal()) for n in sizes]
     return Curve(level, "iid/energy", "m", tuple(Point(n, e, 3, 0.02) for n, e in zip(sizes, errors, strict=True)))
 
 
@@ -66,7 +70,7 @@ def test_an_outcome_narrows_the_interval():
 
 def test_spends_are_in_the_proportion_that_is_stationary():
     """Of curves without floors spend_L / spend_H = b_L e_L² / (b_H e_H²) at the optimum, for labels bought anew."""
-    curves = {"low": curve("low", 400, 0.5, 0.0), "high": curve("high", 90, 0.5, 0.0)}
+    curves = {"low": curve("low", 400, 0.5, 0.0), "high": curve("high", 90, 0.5, 0.0, below=20)}
     chosen = levels(curves, {"low": 1.0, "high": 30.0})
     plan = propose(chosen, 60_000)
     low, high = plan.shares
@@ -78,21 +82,27 @@ def test_spends_are_in_the_proportion_that_is_stationary():
     assert own < 1.02 * best
     assert low.least <= low.buy <= low.most
     assert plan.error[1] < best < plan.error[2]
+    now = math.hypot(20, 90 * 400**-0.5)
+    assert plan.now[0] == pytest.approx(now, rel=0.05), "without new labels the error is the measured one"
     assert low.seconds + high.seconds + plan.unspent == pytest.approx(60_000)
 
 
 def test_a_flat_level_gets_nothing_and_a_free_one_gets_all_it_may():
-    curves = {"low": curve("low", 400, 0.6, 0.0), "flat": curve("flat", 1.0, 0.06, 20.0)}
+    curves = {
+        "low": curve("low", 400, 0.6, 0.0),
+        "flat": curve("flat", 1.0, 0.06, 20.0),
+    }  # 11 meV/atom of the low level's own
     plan = propose(levels(curves, {"low": 1.0, "flat": 50.0}), 5_000)
     assert plan.shares[0].seconds > 0.9 * 5_000
-    curves = {"cheap": curve("cheap", 400, 0.6, 0.0), "dear": curve("dear", 100, 0.6, 0.0)}
+    curves = {"cheap": curve("cheap", 400, 0.6, 0.0), "dear": curve("dear", 100, 0.6, 0.0, below=11)}
     plan = propose(levels(curves, {"cheap": 1e-3, "dear": 100.0}), 60_000)
     assert plan.shares[0].factor <= REFUSE
     assert any("cheap" in warning and "beyond 16 nothing" in warning for warning in plan.warnings)
 
 
 def test_three_levels():
-    curves = {n: curve(n, a, 0.5, 0.0) for n, a in (("gfn2", 400), ("pbe", 120), ("ccsdt", 60))}
+    below = {"gfn2": 0.0, "pbe": 20.0, "ccsdt": math.hypot(20, 6)}
+    curves = {n: curve(n, a, 0.5, 0.0, below=below[n]) for n, a in (("gfn2", 400), ("pbe", 120), ("ccsdt", 60))}
     plan = propose(levels(curves, {"ccsdt": 60.0, "gfn2": 0.01, "pbe": 5.0}), 40_000)
     assert [share.level for share in plan.shares] == ["gfn2", "pbe", "ccsdt"]
     assert all(share.buy > 0 for share in plan.shares)
