@@ -236,7 +236,7 @@ def label_curves(
     fits = int(16 * width) - 8  # letters of a line beside the key
     told = [textwrap.fill(name, fits) for name in names]
     longest = min(fits, max(map(len, names), default=0)) + 8
-    in_a_row = max(1, min(3, int(18 * width / longest)))
+    in_a_row = max(1, min(3, int(16 * width / longest)))
     lines = sum(text.count("\n") + 1 for text in told)
     size = (width, 3.3 * rows + 0.18 * -(-lines // in_a_row))
     figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
