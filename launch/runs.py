@@ -133,18 +133,22 @@ def _eta(folder: Path, status: dict[str, Any], step: int, steps: int) -> float |
 
 
 def _best(path: Path, metric: str) -> float | None:
-    values = []
+    """Return the metric of the best weights: what the run last said of them, else the least value."""
+    values: list[float] = []
+    said: float | None = None
     try:
         with path.open() as file:
             for line in file:
                 if f'"{metric}"' in line:
                     try:
-                        values.append(float(json.loads(line)[metric]))
+                        row = json.loads(line)
+                        values.append(float(row[metric]))
+                        said = float(row["best"]) if "best" in row else said
                     except (json.JSONDecodeError, KeyError, TypeError):
                         continue
     except OSError:
         return None
-    return min(values, default=None)
+    return min(values, default=None) if said is None else said
 
 
 def duration(seconds: float | None) -> str:

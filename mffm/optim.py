@@ -90,16 +90,16 @@ def state_shapes(module: nn.Module, config: OptimConfig) -> dict[str, tuple[int,
     return shapes
 
 
-def learning_rate(step: int, total: int, config: OptimConfig, begin: int = 0, finish_start: int = 0) -> float:
+def learning_rate(step: int, total: int, config: OptimConfig, begin: int = 0, finish_start: int | None = None) -> float:
     """Return the learning rate of a step counted from 0: linear warm-up, then a cosine to ``final_lr_fraction``.
 
     Args:
         begin: step that the warm-up begins at; 0.0 before.
-        finish_start: first step of the plan's last part, from where on ``finish_factor`` counts; 0 where it has none.
+        finish_start: first step of the plan's last part, where ``finish_factor`` begins; None where it has none.
     """
     if step < begin:
         return 0.0
-    if 0 < finish_start <= step:
+    if finish_start is not None and finish_start <= step:
         return config.finish_factor * learning_rate(step, total, config, begin)
     step, total = step - begin, total - begin
     if step < config.warmup_steps:

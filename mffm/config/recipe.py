@@ -50,14 +50,18 @@ class PoolConfig(Schema):
 
 
 class FinishConfig(Schema):
-    """The last steps of a run, which read some fidelities alone; the best weights are of these steps."""
+    """The last steps of a run, which read some fidelities alone.
+
+    The best weights (``train.best``) are those that this part begins with, or later ones; ``train.patience`` counts
+    from there.
+    """
 
     fidelities: list[str] = Field(min_length=1, description="that the last steps read, at the shares that they have")
     part: float = Field(1 / 3, gt=0, lt=1, description="of train.steps, at most")
     passes: float = Field(
         100,
         gt=0,
-        description="through the frames of these fidelities, at most: the fewer there are, the later it begins",
+        description="through the frames of these fidelities on average, at most: the fewer, the later it begins",
     )
 
 
@@ -383,6 +387,12 @@ class Recipe(Schema):
                     f"data.plan.pools.{i}: {pool.fidelity!r} has no weight above 0 in any of the "
                     f"{self.train.steps} steps (train.steps); leave the pool out, or let it begin earlier"
                 )
+        finish = self.data.plan.finish
+        if finish is not None and not any(self.train.best.startswith(f"val/{name}/") for name in finish.fidelities):
+            raise ValueError(
+                f"train.best: {self.train.best} also judges what the last part of the run, data.plan.finish, no longer "
+                f"reads, and would throw it away; take a metric of its own, such as val/{finish.fidelities[0]}/loss"
+            )
         if self.fine_tune is not None and not self.start_from:
             raise ValueError("fine_tune needs start_from, a release or a run: use `mffm finetune RELEASE RECIPE`")
         if self.fine_tune is not None and self.model.forces == "direct":

@@ -175,7 +175,7 @@ class Plan:
     Attributes:
         pools: as given.
         oversize: pool name → frames over a budget (left out under ``skip``, steps of their own under ``single``).
-        finish_start: first step of the last part, on some fidelities alone; 0 where the config has none.
+        finish_start: first step of the last part, on some fidelities alone; None where the config has none.
         fingerprint: sha256 of everything that the order depends on.
     """
 
@@ -192,7 +192,7 @@ class Plan:
         self.pools = list(pools)
         self.config = config
         self.seed = seed
-        self.finish_start = 0
+        self.finish_start: int | None = None
         self.oversize = {pool.name: 0 for pool in pools}
         self._streams = _paired_streams(self.pools) if config.paired else _single_streams(self.pools)
         for stream in self._streams:
@@ -275,7 +275,8 @@ class Plan:
         starts = {0}.union(*(w for w in given if isinstance(w, Mapping)))
         finish = self.config.finish
         if finish is not None:
-            assert steps is not None
+            if steps is None:
+                raise InputError("data.plan.finish: a plan with a last part needs the number of steps of the run")
             self.finish_start = self._finish_start(finish, steps)
             starts.add(self.finish_start)
         found = []
@@ -283,13 +284,24 @@ class Plan:
             wanted = (
                 np.array([_weight_at(w, start) for w in given]) if given else sizes ** (1 / self.config.temperature)
             )
-            if finish is not None and start >= self.finish_start:
+            in_finish = finish is not None and self.finish_start is not None and start >= self.finish_start
+            if finish is not None and in_finish:
                 wanted = wanted * [pool.fidelity in finish.fidelities for pool in self.pools]
             if not wanted.any():
-                raise InputError(f"data.plan.pools: no pool has a weight above 0 from step {start} on")
+                raise InputError(
+                    f"data.plan.pools: no pool {'of data.plan.finish ' if in_finish else ''}has a weight above 0 from "
+                    f"step {start} on"
+                )
             rate = wanted / wanted.sum() / sizes
             shares = np.array([len(s) * max(rate[p] for p, _ in s.members) for s in self._streams])
             found.append((start, shares / shares.sum()))
+        for stream, most in zip(self._streams, np.max([shares for _, shares in found], axis=0), strict=True):
+            if finish is not None and most == 0:
+                raise InputError(
+                    f"data.plan.pools: {stream.name} would begin after step {self.finish_start}, from where on "
+                    f"{', '.join(finish.fidelities)} are read alone (data.plan.finish); let it begin earlier, or leave "
+                    "it out"
+                )
         return found
 
     def _finish_start(self, finish: FinishConfig, steps: int) -> int:
@@ -299,7 +311,7 @@ class Plan:
         steps_a_pass = edges / self.config.edge_budget
         if self.config.atom_budget is not None:
             steps_a_pass = max(steps_a_pass, sum(len(s) * s.sizes.mean_atoms for s in read) / self.config.atom_budget)
-        return steps - max(1, round(min(finish.part * steps, finish.passes * steps_a_pass)))
+        return max(1, steps - max(1, round(min(finish.part * steps, finish.passes * steps_a_pass))))
 
     def _expected_draws(self, shares: np.ndarray) -> int:
         edges = sum(share * s.sizes.mean_edges for share, s in zip(shares, self._streams, strict=True))
@@ -307,6 +319,8 @@ class Plan:
         n = self.config.edge_budget / edges if edges > 0 else np.inf
         if self.config.atom_budget is not None:
             n = min(n, self.config.atom_budget / atoms)
+        if not np.isfinite(n):
+            raise InputError("data.plan: at some time no frame that is drawn has an edge; give atom_budget")
         return int(1.1 * n + 3 * np.sqrt(n)) + 8
 
     def _phase(self, step: int) -> _Phase:

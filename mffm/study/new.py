@@ -39,7 +39,8 @@ LEAST_HIGH = 40  # structures with high labels: 28 to train on and 8 to judge by
 FEW_PAIRS = 20  # structures with both levels, below which the study's gate may have too few for R²
 LEAST_POINT = 8  # labels of the first point of a curve
 LEAST_FORMULAS = 8  # from so many compositions on, some are held out
-FEW_OF_EACH = 3  # high frames of a composition, from which on a run may end on their energies alone
+FEW_OF_EACH = 3  # high frames of a molecule, from which on a run may end on their energies alone
+BOND = 1.2  # distance of bonded atoms, at most, over the sum of their covalent radii
 HELD_OUT = 0.15  # of the structures with high labels, about
 CUTOFF = 5.0
 FRAMES_A_STEP = 8
@@ -433,7 +434,7 @@ def _methods(low: Contents, high: Contents, half: int, is_paired: bool) -> dict[
         },
     }
     # Energies of several frames of a molecule say what its forces are, one of each does not (docs/studies/README.md).
-    if FORCES not in high.properties and len(high.formulas) >= FEW_OF_EACH * len(set(high.formulas)):
+    if FORCES not in high.properties and _has_several_of_each(high.structures):
         methods["mffm"]["title"] += f", the last third on {b} alone"
         methods["mffm"]["changes"] |= {"data.plan.finish": {"fidelities": [b]}, "train.best": f"val/{b}/energy_mae"}
     if is_paired:
@@ -451,6 +452,28 @@ def _methods(low: Contents, high: Contents, half: int, is_paired: bool) -> dict[
             "changes": {**changes, "train.steps": half},
         }  # fmt: skip
     return methods
+
+
+def _has_several_of_each(structures: Sequence[Geometry]) -> bool:
+    """Return whether at least half of the structures are one of several frames of a molecule."""
+    counts = Counter(map(_molecule, structures))
+    return sum(n for n in counts.values() if n >= FEW_OF_EACH) >= len(structures) / 2
+
+
+def _molecule(geometry: Geometry) -> tuple[Any, ...]:
+    """Return what frames of a molecule share and its isomers do not: which atoms are bonded, up to their order."""
+    from ase import Atoms
+    from ase.neighborlist import natural_cutoffs, neighbor_list
+
+    numbers, positions, cell, pbc = geometry
+    atoms = Atoms(numbers, positions, cell=cell, pbc=pbc)
+    bonds: dict[int, list[int]] = {i: [] for i in range(len(atoms))}
+    for i, j in zip(*neighbor_list("ij", atoms, natural_cutoffs(atoms, mult=BOND)), strict=True):
+        bonds[int(i)].append(int(j))
+    kinds: list[Any] = numbers.tolist()
+    for _ in range(3):  # neighbors' neighbors' neighbors tell isomers of this size apart
+        kinds = [(kinds[i], *sorted(map(hash, (kinds[j] for j in bonds[i])))) for i in range(len(kinds))]
+    return tuple(sorted(map(hash, kinds)))
 
 
 def facts(new: NewStudy) -> list[tuple[str, str, str]]:

@@ -154,8 +154,7 @@ class StudyRun:
     def _finish(self, name: str) -> None:
         self._keep_cpu_time()
         rows = [json.loads(line) for line in (self._run(name) / "metrics.jsonl").read_text().splitlines()]
-        metric = self.grid.trainings[name].recipe.train.best
-        best = min((row[metric] for row in rows if math.isfinite(row.get(metric, math.nan))), default=None)
+        best = next((row["best"] for row in reversed(rows) if "best" in row), None)
         write_json(self._record(name), {
             "last_step": rows[-1]["step"], "best": best, "finished": time.time(), "machine": machine()
         })  # fmt: skip

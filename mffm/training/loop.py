@@ -323,9 +323,9 @@ def _keep_best(
 ) -> None:
     """Log a validation; keep the weights that are best by the recipe's metric, and by each fidelity's loss."""
     recipe, metric = setup.recipe, setup.recipe.train.best
-    log.metrics(state.step, metrics)
     watched = {"best": metric} | {f"best-{n}": f"val/{n}/loss" for n in recipe.fidelities if f"val/{n}/loss" in metrics}
     state.note(metrics, metric, set(watched.values()), setup.plan.finish_start)
+    log.metrics(state.step, metrics | {"best": state.best[metric]["value"]} if metric in state.best else metrics)
     for name, key in watched.items():
         if key in state.best and state.best[key]["step"] == state.step and ranks.is_main:
             write_weights(run / "weights" / f"{name}.safetensors", evaluated.state_dict())

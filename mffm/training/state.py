@@ -35,14 +35,16 @@ class TrainState:
     ema_updates: int = 0
     wandb_id: str = ""
 
-    def note(self, metrics: Mapping[str, float], main: str, watched: Set[str], finish_start: int) -> None:
+    def note(self, metrics: Mapping[str, float], main: str, watched: Set[str], finish_start: int | None) -> None:
         """Note a validation: the best value of each metric, and for how long the main one has not become better.
 
-        Where the plan ends on some fidelities alone, neither looks back beyond the step with which that part begins:
-        a few frames of an expensive fidelity would now and then choose weights that are far from trained.
+        Where the plan ends on some fidelities alone, from the step ``finish_start`` on, the main metric does not look
+        back beyond that step, and its patience begins there: a few frames of an expensive fidelity would now and then
+        choose weights that are far from trained.
         """
-        self.validations_since_best = self.validations_since_best + 1 if self.step >= finish_start else 0
-        if 0 < self.step == finish_start:
+        is_before = finish_start is not None and self.step < finish_start
+        self.validations_since_best = 0 if is_before else self.validations_since_best + 1
+        if self.step == finish_start:
             self.best.pop(main, None)
         for key in watched:
             if math.isfinite(metrics[key]) and (key not in self.best or metrics[key] < self.best[key]["value"]):

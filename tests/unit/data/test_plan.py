@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -302,6 +303,8 @@ def test_few_frames_make_the_last_part_short():
     drawn = sum(len(step.rows) for step in run_steps(plan, 3000 - plan.finish_start, cursor)[0])
     assert drawn / 400 == pytest.approx(10, rel=0.1)  # b and c have 400 frames
     assert finishing(3000, passes=1e-6).finish_start == 2999
+    assert finishing(1).finish_start == 1, "one step is one of the mixture"
+    assert Plan([plan_pool()], plan_config(), 0).finish_start is None
 
 
 def test_a_last_part_that_cannot_be_is_refused():
@@ -310,6 +313,17 @@ def test_a_last_part_that_cannot_be_is_refused():
         plan_config(pools=pools, finish={"fidelities": ["c"]})
     with pytest.raises(ValueError, match=r"finish needs paired: false"):
         plan_config(pools=pools, finish={"fidelities": ["b"]}, paired=True)
+    config = plan_config(pools=pools, finish={"fidelities": ["b"]})
+    weighted = [plan_pool("a", weight={0: 1, 50: 0}), plan_pool("b", 1, weight={0: 0, 55: 1})]
+    with pytest.raises(InputError, match=r"no pool of data.plan.finish has a weight above 0 from step 40 on"):
+        Plan(weighted, config, 0, 60)
+    with pytest.raises(InputError, match=r"a would begin after step 40, from where on b are read alone"):
+        Plan([plan_pool("a", weight={0: 0, 50: 1}), plan_pool("b", 1, weight=1)], config, 0, 60)
+    with pytest.raises(InputError, match="needs the number of steps of the run"):
+        Plan(weighted, config, 0)
+    alone = plan_pool("b", 1)
+    with pytest.raises(InputError, match="no frame that is drawn has an edge; give atom_budget"):
+        Plan([plan_pool("a"), replace(alone, n_edges=np.zeros_like(alone.n_edges))], config, 0, 60)
 
 
 # Partition

@@ -103,6 +103,17 @@ def test_energies_alone_of_one_molecule_partly_elsewhere(tmp_path: Path):
     assert expanded(found, tmp_path / "store").cells
 
 
+def test_one_energy_of_each_molecule_is_no_reason_to_end_on_them(tmp_path: Path):
+    frames: list[Atoms] = ase.io.read(ROOT / "data" / "molecules_many.extxyz", ":")  # type: ignore[assignment]
+    frames = [frame for frame in frames if "energy_pbe" in frame.info]
+    assert len(frames) > 3 * len({frame.get_chemical_formula() for frame in frames}), "isomers share their formula"
+    ase.io.write(tmp_path / "low.xyz", labelled(frames, "gfn2"))
+    ase.io.write(tmp_path / "high.xyz", labelled(frames, "pbe", forces=False))
+    found = made(new.Side(tmp_path / "low.xyz", "--low"), new.Side(tmp_path / "high.xyz", "--high"), tmp_path / "many")
+    assert found.high.properties == ["energy"]
+    assert "data.plan.finish" not in found.study["methods"]["mffm"]["changes"]
+
+
 def test_the_files_say_where_they_are_and_have_no_anchors(sides: tuple[new.Side, new.Side], tmp_path: Path):
     found = made(*sides, tmp_path / "mine")
     texts = {name: (found.folder / name).read_text() for name in ("data.yaml", "recipe.yaml", "study.yaml")}

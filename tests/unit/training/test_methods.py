@@ -69,7 +69,7 @@ def runs(
         recipe["train"] |= TRAINING.get(name, {})
         if name == "finish":
             recipe["data"]["plan"]["finish"] = {"fidelities": ["pbe"], "part": 0.3}
-            recipe["train"] |= {"patience": 1}
+            recipe["train"] |= {"patience": 1, "best": "val/pbe/loss"}
         recipes.append(folder / f"{name}.yaml")
         recipes[-1].write_text(yaml.safe_dump(recipe))
     done = forked.run(["-c", RUN_ALL, *map(str, recipes)])
@@ -191,10 +191,11 @@ def test_a_run_that_finishes_on_one_fidelity_has_its_best_weights_from_there(run
     assert [r["step"] for r in found if r.get("labels/gfn2/energy")] == [1, 2, 3, 4, 5, 6, 7]
     rates, usual = ({r["step"]: r["lr"] for r in rows(runs[n]) if "lr" in r} for n in ("finish", "idle_from_lf_head"))
     assert [rates[step] / usual[step] for step in rates] == pytest.approx([1.0] * 7 + [0.4] * 3)
-    losses = {r["step"]: r["val/loss"] for r in found if "val/loss" in r}
+    losses = {r["step"]: r["val/pbe/loss"] for r in found if "val/loss" in r}
     assert list(losses) == [5, 7, 10], "where the last part begins is validated too"
+    assert [r["best"] for r in found if "best" in r] == list(losses.values())
     state = json.loads((runs["finish"] / "checkpoints" / "step-00000010" / "state.json").read_text())["state"]
-    assert state["best"]["val/loss"] == {"value": losses[10], "step": 10}
+    assert state["best"]["val/pbe/loss"] == {"value": losses[10], "step": 10}
 
 
 def test_paired_draws_a_frame_at_all_its_fidelities(runs: dict[str, Path]):

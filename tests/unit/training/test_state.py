@@ -3,7 +3,7 @@
 from mffm.training.state import TrainState
 
 
-def after(validations: dict[int, float], finish_start: int) -> TrainState:
+def after(validations: dict[int, float], finish_start: int | None) -> TrainState:
     state = TrainState(0, {}, "", 1)
     for step, value in validations.items():
         state.step = step
@@ -12,7 +12,7 @@ def after(validations: dict[int, float], finish_start: int) -> TrainState:
 
 
 def test_the_best_is_kept_with_its_step_and_the_validations_since_then():
-    state = after({5: 3.0, 10: 1.0, 15: 2.0, 20: float("nan")}, 0)
+    state = after({5: 3.0, 10: 1.0, 15: 2.0, 20: float("nan")}, None)
     assert state.best["val/loss"] == {"value": 1.0, "step": 10}
     assert state.validations_since_best == 2
 
