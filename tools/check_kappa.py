@@ -6,6 +6,7 @@ Prints a table in Markdown: thermal conductivity at 300 K in W/(m K), published 
 """
 
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -35,11 +36,14 @@ def rows(folder: Path, model: str, references: Path) -> list[str]:
     for record in map(json.loads, path.read_text().splitlines()):
         place, result = places[record["id"]], record.get("result")
         if result is None:
-            found.append(f"| {record['id']} | | {record.get('reason')} | | | |")
+            found.append(f"| {record['id']} |{' |' * 6} {record.get('reason')} |")
             continue
         here = kappa.from_record(result)
         theirs = float(models[model]["kappa"][place]), float(models[model]["srme"][place])
-        mine = float(here.kappa or "nan"), float(kappa.srme(here, labels[record["id"]]) or "nan")
+        mine = [
+            math.nan if here.kappa is None else float(here.kappa),
+            kappa.mean_srme([kappa.srme(here, labels[record["id"]])])[0],
+        ]
         off = " | ".join(f"{a:.4g} | {b:.4g} | {100 * (a / b - 1):+.2f} %" for a, b in zip(mine, theirs, strict=True))
         found.append(f"| {result['formula']} {record['id']} | {off} | {result['transport_type']} |")
     return found

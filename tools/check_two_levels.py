@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from mffm.budget.costs import CostModel
-from mffm.budget.curves import MIN_SIZES, Curve, curve_of, posterior
-from mffm.budget.plan import Level, error_at
+from mffm.budget.curves import MIN_SIZES, Curve, curve_of
+from mffm.budget.plan import Level, error_at, level_of
 from mffm.errors import InputError
 from mffm.release import read_json
 
@@ -37,10 +37,9 @@ class Predicted(NamedTuple):
         return self.low <= self.error <= self.high
 
 
-def level_of(curve: Curve) -> Level:
+def level(curve: Curve) -> Level:
     """Return a level whose labels cost a second each: numbers of labels are what is compared."""
-    cost = CostModel(curve.level, "atoms", None, 1.0, 0.0, 5, 1.0, 1.0, 1.0, 1.0)
-    return Level(curve.level, cost, curve, posterior(curve))
+    return level_of(CostModel(curve.level, "atoms", None, 1.0, 0.0, 5, 1.0, 1.0, 1.0, 1.0), curve)
 
 
 def low_labels(method: str) -> int:
@@ -54,8 +53,8 @@ def predicted(low_folder: Path, high_folder: Path) -> Iterator[Predicted]:
     (base,) = reports[1]["baselines"]
     for panel, methods in reports[1]["curves"].items():
         ((name, rows),) = reports[0]["curves"][panel].items()
-        low = level_of(curve_of(reports[0]["high"], panel, name, rows))
-        high = level_of(curve_of(reports[1]["high"], panel, base, methods[base]).up_to(MIN_SIZES))
+        low = level(curve_of(reports[0]["high"], panel, name, rows).up_to(MIN_SIZES))
+        high = level(curve_of(reports[1]["high"], panel, base, methods[base]).up_to(MIN_SIZES))
         if low.curve.most != low_labels(base):
             raise InputError(f"{low_folder}: its curve ends at {low.curve.most:g} labels, {base} has others")
         for method, of_method in methods.items():
@@ -86,7 +85,9 @@ def main(low_folder: Path, high_folder: Path) -> None:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 3:
+        sys.exit("usage: python tools/check_two_levels.py LOW_STUDY HIGH_STUDY, folders with a report.json")
     try:
-        main(*map(Path, sys.argv[1:3]))
+        main(*map(Path, sys.argv[1:]))
     except InputError as error:
         sys.exit(f"error: {error}")

@@ -3,13 +3,15 @@
 The error is that of the highest level: e² = e_high(N)² - Σ over lower levels of κ (e_low(n)² - e_low(N)²). Its curve
 was measured with the n labels that the lower levels have, and holds as long as they have no more; what a lower level
 becomes better by takes κ times its squares away, never more than leaves the part of the high curve that falls. κ is
-uniform between 0 and 2: the grid of docs/studies/planner.md has 0.4 to 2.4, a sum of independent squares would have 1.
+uniform between 0 and 2: a sum of independent squares would have 1, the trainings of docs/studies/planner.md have 1.8 in
+the median.
 """
 
+import hashlib
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -33,6 +35,7 @@ class Level:
     """A level of theory that labels can be bought of.
 
     Attributes:
+        known_with: labels of it that the highest level's curve was measured with, where it is a lower one.
         have: labels that there are: the largest number of its learning curve.
     """
 
@@ -40,6 +43,7 @@ class Level:
     cost: CostModel
     curve: Curve
     posterior: Posterior
+    known_with: float
 
     @property
     def have(self) -> float:
@@ -88,8 +92,25 @@ class Plan:
         }
 
 
-def levels_of(names: Sequence[str], costs: Mapping[str, CostModel], curves: Mapping[str, Curve]) -> list[Level]:
+def level_of(cost: CostModel, curve: Curve, known_with: float | None = None) -> Level:
+    """Return a level; the draws of one are independent of those of another."""
+    own = posterior(curve)
+    order = np.random.default_rng([_number_of(curve.level), 1]).permutation(len(own.exponent))
+    drawn = {name: getattr(own, name)[order] for name in ("exponent", "power", "floor", "deviation")}
+    return Level(curve.level, cost, curve, replace(own, **drawn), curve.most if known_with is None else known_with)
+
+
+def levels_of(
+    names: Sequence[str],
+    costs: Mapping[str, CostModel],
+    curves: Mapping[str, Curve],
+    outcomes: Mapping[str, Sequence[tuple[float, float]]] | None = None,
+) -> list[Level]:
     """Return the levels, the cheapest first.
+
+    Args:
+        outcomes: level → (labels, error) of what was trained since its curve. The errors of the highest level count as
+            if the lower ones had no more labels than its curve was measured with: what those brought is put back.
 
     Raises:
         InputError: none, too many or one twice; a level without a curve; curves of different panels.
@@ -107,8 +128,20 @@ def levels_of(names: Sequence[str], costs: Mapping[str, CostModel], curves: Mapp
         raise InputError(
             f"curves of different panels ({', '.join(sorted(panels))}): their errors do not add up; --panel"
         )
-    found = [Level(name, costs[name], curves[name], posterior(curves[name])) for name in names]
-    return sorted(found, key=lambda level: level.cost.mean)
+    *lower, highest = sorted(names, key=lambda name: costs[name].mean)
+    found, gained = [], 0.0
+    for name in lower:
+        curve = _with_outcomes(curves[name], outcomes, 0.0)
+        found.append(level_of(costs[name], curve, curves[name].most))
+        gained += float(np.median(_gain(found[-1], 0.0)))
+    return [*found, level_of(costs[highest], _with_outcomes(curves[highest], outcomes, gained))]
+
+
+def _with_outcomes(curve: Curve, outcomes: Mapping[str, Sequence[tuple[float, float]]] | None, gained: float) -> Curve:
+    """Return a curve with what was trained since, ``gained`` put back to the squares of the errors."""
+    for n_labels, error in (outcomes or {}).get(curve.level, ()):
+        curve = curve.with_outcome(n_labels, math.sqrt(error**2 + gained))
+    return curve
 
 
 def propose(levels: Sequence[Level], budget: float) -> Plan:
@@ -171,12 +204,12 @@ def _gain(level: Level, seconds: float) -> np.ndarray:
     own = level.posterior
     carried = np.random.default_rng(_number_of(level.name)).uniform(0, CARRIED, len(own.exponent))
     n_labels = level.have + seconds / level.cost.mean
-    return carried * (np.square(own.errors(level.have)) - np.square(own.errors(n_labels)))
+    return carried * (np.square(own.errors(level.known_with)) - np.square(own.errors(n_labels)))
 
 
 def _number_of(name: str) -> int:
     """Return a number that names a level in every process: what is drawn for levels is independent."""
-    return int.from_bytes(name.encode()[:8].ljust(8, b"\0"), "little")
+    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little")
 
 
 def _spends(level: Level, budget: float, n: int) -> np.ndarray:

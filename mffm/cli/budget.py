@@ -58,16 +58,21 @@ def plan(
         if read[name].level != name:
             raise InputError(f"--curve {name}={path}: a study of labels of {read[name].level!r}; name that level")
     checks = []
+    outcomes: dict[str, list[tuple[float, float]]] = {}
     for text in outcome or []:
         name, n_labels, error = _outcome(text)
         if name not in read:
             raise InputError(f"--outcome {text}: no --curve of level {name!r}")
-        checks.append(_judged(read[name], n_labels, error))
-        read[name] = read[name].with_outcome(n_labels, error)
+        before = outcomes.setdefault(name, [])
+        curve_so_far = read[name]
+        for n_before, error_before in before:
+            curve_so_far = curve_so_far.with_outcome(n_before, error_before)
+        checks.append(_judged(curve_so_far, n_labels, error))
+        before.append((n_labels, error))
     measured = costs_module.read(costs, names)
     to_label = costs_module.sizes_of(pool) if pool else None
     models = {name: costs_module.fit(name, measured[name], to_label) for name in names}
-    chosen = levels_of(names, models, read)
+    chosen = levels_of(names, models, read, outcomes)
     proposal = propose(chosen, seconds)
     _show(chosen, proposal)
     for line in checks:

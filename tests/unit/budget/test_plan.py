@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from mffm.budget.costs import CostModel
 from mffm.budget.curves import Curve, Point, posterior, read
-from mffm.budget.plan import REFUSE, levels_of, propose
+from mffm.budget.plan import REFUSE, error_at, levels_of, propose
 from mffm.cli import app
 from mffm.errors import InputError
 
@@ -85,6 +85,21 @@ def test_spends_are_in_the_proportion_that_is_stationary():
     now = math.hypot(20, 90 * 400**-0.5)
     assert plan.now[0] == pytest.approx(now, rel=0.05), "without new labels the error is the measured one"
     assert low.seconds + high.seconds + plan.unspent == pytest.approx(60_000)
+
+
+def test_what_cheap_labels_brought_stays_when_the_plan_is_told_of_them():
+    """Half of a purchase is made and told; what is expected of all of it stays, and is not counted twice."""
+    curves = {"low": curve("low", 400, 0.5, 0.0), "high": curve("high", 90, 0.5, 0.0, below=20)}
+    costs = {"low": cost("low", 1.0), "high": cost("high", 30.0)}
+    before = levels_of(["low", "high"], costs, curves)
+    expected = error_at(before, [2400, 0])[0]
+    assert expected < 0.7 * error_at(before, [0, 0])[0]
+    told = {"low": [(2800.0, 400 * 2800**-0.5)]}
+    after = levels_of(["low", "high"], costs, curves, told)
+    assert error_at(after, [0, 0])[0] == pytest.approx(expected, rel=0.1)
+    truth = math.hypot(400 * 2800**-0.5, 90 * 800**-0.5)
+    both = levels_of(["low", "high"], costs, curves, told | {"high": [(800.0, truth)]})
+    assert error_at(both, [0, 0])[0] == pytest.approx(truth, rel=0.15)
 
 
 def test_a_flat_level_gets_nothing_and_a_free_one_gets_all_it_may():
