@@ -324,7 +324,7 @@ def _keep_best(
     """Log a validation; keep the weights that are best by the recipe's metric, and by each fidelity's loss."""
     recipe, metric = setup.recipe, setup.recipe.train.best
     watched = {"best": metric} | {f"best-{n}": f"val/{n}/loss" for n in recipe.fidelities if f"val/{n}/loss" in metrics}
-    state.note(metrics, metric, set(watched.values()), setup.plan.finish_start)
+    state.note(metrics, metric, dict.fromkeys(watched.values()), setup.plan.finish_start)
     log.metrics(state.step, metrics | {"best": state.best[metric]["value"]} if metric in state.best else metrics)
     for name, key in watched.items():
         if key in state.best and state.best[key]["step"] == state.step and ranks.is_main:

@@ -1,7 +1,7 @@
 """The state of a run besides its tensors: typed, JSON-able, restored strictly."""
 
 import math
-from collections.abc import Mapping, Set
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -35,7 +35,7 @@ class TrainState:
     ema_updates: int = 0
     wandb_id: str = ""
 
-    def note(self, metrics: Mapping[str, float], main: str, watched: Set[str], finish_start: int | None) -> None:
+    def note(self, metrics: Mapping[str, float], main: str, watched: Iterable[str], finish_start: int | None) -> None:
         """Note a validation: the best value of each metric, and for how long the main one has not become better.
 
         Where the plan ends on some fidelities alone, from the step ``finish_start`` on, the main metric does not look

@@ -7,7 +7,7 @@ def after(validations: dict[int, float], finish_start: int | None) -> TrainState
     state = TrainState(0, {}, "", 1)
     for step, value in validations.items():
         state.step = step
-        state.note({"val/loss": value, "val/pbe/loss": value}, "val/loss", {"val/loss", "val/pbe/loss"}, finish_start)
+        state.note({"val/loss": value, "val/pbe/loss": value}, "val/loss", ["val/loss", "val/pbe/loss"], finish_start)
     return state
 
 
