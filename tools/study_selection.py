@@ -161,9 +161,7 @@ def choose(study: Study) -> None:
         for seed in study.seeds if way == "random" else study.seeds[:1]:
             if all(study.chosen(way, n, seed).is_file() for n in case.n):
                 continue
-            options = selection.Options(
-                way, max(case.n), case.low, seed=seed, without=others.tolist(), elements_first=True, covered=[]
-            )
+            options = selection.Options(way, max(case.n), case.low, seed=seed, without=others.tolist())
             found = selection.select(study.base, [store.path], options, study.folder / "asked", lambda *_: None)
             picked = found.pool.take(found.candidates[[pick.index for pick in found.picks]].tolist())
             ids = [atoms.info["frame_id"] for atoms in picked]
@@ -287,13 +285,13 @@ def claims(
         if way == "random":
             continue
         worse = []
-        for metric in [m for m in (ENERGY, FORCES) if m in metrics]:
-            mine, theirs = (by_labels(study, errors, w, "test", metric) for w in (way, "random"))
+        for mean in [m for m in (ENERGY, FORCES) if m in metrics]:
+            mine, theirs = (by_labels(study, errors, w, "test", mean) for w in (way, "random"))
             for n in study.case.n:
                 spread = np.std(list(theirs[n].values()), ddof=1) if len(study.seeds) > 1 else 0.0
                 over = np.mean(list(mine[n].values())) - np.mean(list(theirs[n].values()))
                 if over > spread:
-                    worse.append(f"{metric} at {n}")
+                    worse.append(f"{mean} at {n}")
         told.append((f"{way}: in distribution not worse than random by more than its seeds' spread",
                      "shown" if not worse else f"**not shown**: {', '.join(worse)}"))  # fmt: skip
         hard = [(s, m) for s in splits for m in metrics if s != "test" or m.endswith(("p99", "worst_group"))]

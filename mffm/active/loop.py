@@ -159,7 +159,7 @@ class Loop:
                 labelled=[self.store_path],
                 level=self.fidelity,
                 elements=options.elements,
-                elements_first=options.elements_first,
+                compositions_first=options.compositions_first,
                 covered=self._covered(),
                 per_formula=options.per_formula,
                 max_std=options.max_std,
@@ -176,13 +176,12 @@ class Loop:
         write_json(place / CHOSEN, _described(store, rows.tolist()))
         return list(rows.tolist())
 
-    def _covered(self) -> list[int]:
-        """Return the atomic numbers in the training labels of the new level."""
+    def _covered(self) -> np.ndarray:
+        """Return the compositions of the new level's training labels. [n, N_ELEMENTS + 1]"""
         store = self.store
-        if self.fidelity not in store.fidelities:
-            return []
-        rows = store.rows(split="train", fidelity=self.fidelity)
-        return list(np.flatnonzero(store.composition(rows).any(axis=0)).tolist()) if len(rows) else []
+        is_known = self.fidelity in store.fidelities
+        rows = store.rows(split="train", fidelity=self.fidelity) if is_known else np.zeros(0, np.int64)
+        return store.composition(rows)
 
     def _label(self, rows: list[int], layer: str) -> None:
         settings = self.config.label

@@ -31,9 +31,9 @@ def select(
     budget: Annotated[float | None, typer.Option(help="sum of the costs, at most")] = None,
     max_per_formula: Annotated[int | None, typer.Option(min=1, help="of one composition, at most")] = None,
     elements: Annotated[str | None, typer.Option(help="only structures of these: H,C,O")] = None,
-    elements_first: Annotated[
-        bool, typer.Option("--elements-first", help="first structures with an element that no label has")
-    ] = False,
+    compositions_first: Annotated[
+        bool, typer.Option(help="first new elements and new ratios of them, which element references need")
+    ] = True,
     max_std: Annotated[
         float | None, typer.Option(help="meV/atom; what is less certain is never chosen: often it is broken")
     ] = None,
@@ -51,8 +51,8 @@ def select(
 
     options = run.Options(
         by, n, fidelity, against, budget, cost, labelled or [], high, split,
-        [e.strip() for e in elements.split(",")] if elements else [], elements_first, None, max_per_formula, max_std,
-        ensemble or [], seed, device, weights,
+        [e.strip() for e in elements.split(",")] if elements else [], compositions_first, None, max_per_formula,
+        max_std, ensemble or [], seed, device, weights,
     )  # fmt: skip
     try:
         with Stages() as shown:

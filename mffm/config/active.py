@@ -18,9 +18,9 @@ class ChoiceConfig(Schema):
     cost: str | None = Field(None, description="atoms^p, e.g. atoms^2.4: prefer what gains more for its cost")
     per_formula: int | None = Field(None, ge=1, description="of one composition in a round, at most")
     elements: list[str] = Field(default_factory=list, description="only structures of these; all where empty")
-    elements_first: bool = Field(
+    compositions_first: bool = Field(
         True,
-        description="first structures with an element that no training label has, which no potential knows",
+        description="first structures with an element, or a ratio of elements, that no training labels have",
     )
     max_std: float | None = Field(
         None, gt=0, description="meV/atom; what is less certain is never chosen: often it is broken"

@@ -81,6 +81,11 @@ def _chosen(found: Selection, rank: int, pick: Pick) -> dict[str, Any]:
 
 def reason(found: Selection, pick: Pick) -> str:
     """Return in words why a structure was chosen."""
+    new = "a composition that labels and picks do not determine; " if pick.is_new else ""
+    return new + _criterion(found, pick)
+
+
+def _criterion(found: Selection, pick: Pick) -> str:
     options = found.options
     per_cost = "" if found.costs is None or options.by == "random" else " for its cost"
     if options.by == "random":

@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from ase.data import chemical_symbols
+from ase.data import atomic_numbers, chemical_symbols
+from ase.formula import Formula
 
 from mffm.deploy.at_fidelity import AtFidelity
 from mffm.deploy.ensemble import require_ensemble
 from mffm.errors import InputError, known
+from mffm.keys import N_ELEMENTS
 from mffm.release import Loaded, load, uncertainty
 from mffm.select.criteria import Criterion, Distances, LargestCluster, MaxDet, Random, Weighted
 from mffm.select.greedy import Limits, Pick, greedy
@@ -39,8 +41,9 @@ class Options:
         level: rows of a store with a label of it count as labelled; None: none of the pool's, all of ``labelled``'s.
         split: of a store as the pool; "all": any.
         elements: only structures of these.
-        elements_first: pick structures with an element that no label has before others.
-        covered: atomic numbers that labels have; None: those of all that is labelled already.
+        compositions_first: pick structures whose composition those of labels do not span before others: a new
+            element, or a new ratio of known ones, which element references need.
+        covered: [n, N_ELEMENTS + 1] element counts of labels; None: those of all that is labelled already.
         per_formula: at most so many of a formula.
         max_std: meV/atom; what is less certain is never chosen.
         ensemble: further releases, whose spread is σ; without them the last layer's.
@@ -57,8 +60,8 @@ class Options:
     level: str | None = None
     split: str = "train"
     elements: Sequence[str] = ()
-    elements_first: bool = False
-    covered: Sequence[int] | None = None
+    compositions_first: bool = True
+    covered: np.ndarray | None = None
     per_formula: int | None = None
     max_std: float | None = None
     ensemble: Sequence[Path] = ()
@@ -291,26 +294,30 @@ def _pick(found: Selection) -> None:
     if not n_left:
         raise InputError("nothing to choose from: " + "; ".join(f"{n} {why}" for why, n in found.left_out.items() if n))
     criterion = _criterion(found)
-    limits = Limits(options.n, found.costs, budget, formula, options.per_formula, *_elements(found))
+    limits = Limits(options.n, found.costs, budget, formula, options.per_formula, *_fractions(found, names.tolist()))
     note = _noted(criterion)
     found.ridge = criterion.ridge if isinstance(criterion, MaxDet) else None
     found.picks = greedy(criterion, limits, np.ones(n_left, bool), note, by_cost=options.by != "random")
 
 
-def _elements(found: Selection) -> tuple[np.ndarray | None, np.ndarray | None]:
-    """Return which elements are in the candidates, and which in labels: [n, n_elements] and [n_elements] bool."""
-    if not found.options.elements_first:
+def _fractions(found: Selection, formulas: Sequence[str]) -> tuple[np.ndarray | None, np.ndarray | None]:
+    """Return the fractions of atoms of the candidates' formulas and of labels: [n, N_ELEMENTS + 1] each, or None."""
+    if not found.options.compositions_first:
         return None, None
-    covered = np.zeros(len(chemical_symbols), bool)
-    if found.options.covered is not None:
-        covered[list(found.options.covered)] = True
-    else:
-        for one in found.labelled.all:
-            covered[one.geometry[0]] = True
-    elements = np.zeros((len(found.candidates), len(chemical_symbols)), bool)
-    for row, index in enumerate(found.candidates.tolist()):
-        elements[row, found.pool.all[index].geometry[0]] = True
-    return elements, covered
+    counts = found.options.covered
+    if counts is None:
+        counts = _counts(sorted({one.formula for one in found.labelled.all}))
+    both = [c / c.sum(1, keepdims=True) for c in (_counts(formulas), np.asarray(counts, np.float64))]
+    return both[0], np.unique(both[1], axis=0)
+
+
+def _counts(formulas: Sequence[str]) -> np.ndarray:
+    """Return how many atoms of each element: [len(formulas), N_ELEMENTS + 1], column = atomic number."""
+    counts = np.zeros((len(formulas), N_ELEMENTS + 1))
+    for row, formula in enumerate(formulas):
+        for element, count in Formula(str(formula)).count().items():
+            counts[row, atomic_numbers[element]] = count
+    return counts
 
 
 def _criterion(found: Selection) -> Criterion:

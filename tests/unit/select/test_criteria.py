@@ -125,18 +125,33 @@ def test_so_many_of_a_formula(points):
     assert np.bincount(formulas[found]).tolist() == [4, 4, 4]
 
 
-def test_elements_that_no_label_has_come_first(points):
-    """Element 3 is in one candidate in fifty, 2 in one in ten; 1 has labels. Then the criterion's own order goes on."""
+def test_compositions_that_labels_do_not_span_come_first(points):
+    """An element in one candidate in fifty, and one mixture in ten; then the criterion's own order goes on."""
     x, labelled = points
-    elements = np.zeros((len(x), 4), bool)
-    elements[:, 1], elements[::10, 2], elements[7::50, 3] = True, True, True
-    covered = np.array([False, True, False, False])
+    fractions = np.array([[1.0, 0, 0], [0.5, 0.5, 0], [0.9, 0, 0.1]])
+    formulas = np.zeros(len(x), np.int64)
+    formulas[::10], formulas[7::50] = 1, 2
+    covered = np.array([[2 / 3, 1 / 3, 0]])
+
+    def chosen(by, fractions, covered):
+        limits = Limits(20, None, math.inf, formulas, None, fractions, covered)
+        return [p.index for p in greedy(by, limits, np.ones(len(x), bool), lambda i: None)]
+
     for by in (lambda: Random(len(x), 5), lambda: Distances(x, labelled), lambda: LargestCluster(x, labelled)):
-        limits = Limits(20, None, math.inf, np.zeros(len(x), np.int64), None, elements, covered)
-        found = [p.index for p in greedy(by(), limits, np.ones(len(x), bool), lambda i: None)]
-        assert elements[found[:2], 2:].any(axis=0).all()
+        found = chosen(by(), fractions, covered)
         plain = picks(by(), len(x), 20)
-        assert not elements[plain[:2], 2:].any(axis=0).all(), "without the rule they are not among the first"
-    limits = Limits(20, None, math.inf, np.zeros(len(x), np.int64), None, elements, np.ones(4, bool))
-    every = [p.index for p in greedy(Distances(x, labelled), limits, np.ones(len(x), bool), lambda i: None)]
-    assert every == picks(Distances(x, labelled), len(x), 20), "where labels have every element nothing changes"
+        for which, rank in ((found, 3), (plain, 2)):
+            seen = np.concatenate([covered, fractions[formulas[which[:2]]]])
+            assert np.linalg.matrix_rank(seen) == rank, "without the rule they are not among the first"
+        assert len(set(found)) == 20
+    every = chosen(Distances(x, labelled), fractions, np.eye(3))
+    assert every == picks(Distances(x, labelled), len(x), 20), "where labels span every composition nothing changes"
+
+
+def test_far_compositions_before_near_ones():
+    """Two that differ by a hundredth determine both elements, but a hundred times worse than two that differ by one."""
+    x = np.array([[1.0], [9.0], [8.0], [0.0]], np.float32)
+    fractions = np.array([[0.5, 0.5], [0.51, 0.49], [0.52, 0.48], [0.9, 0.1]])
+    limits = Limits(2, None, math.inf, np.arange(4), None, fractions, np.array([[0.5, 0.5]]))
+    found = [p.index for p in greedy(Distances(x, x[:0]), limits, np.ones(4, bool), lambda i: None)]
+    assert found == [3, 1]

@@ -236,20 +236,27 @@ def test_the_command_says_what_it_did(run_mffm, pool: Path, tmp_path: Path):
     assert "Traceback" not in refused.stderr
 
 
-def test_elements_that_no_label_has_come_first(pool: Path, tmp_path: Path):
+def test_compositions_that_no_label_has_come_first(pool: Path, tmp_path: Path):
     frames = molecules(0, N_POOL)
     rare = min((1, 6, 7, 8), key=lambda z: sum(z in atoms.numbers for atoms in frames) or N_POOL)
-    has = {i for i, atoms in enumerate(frames) if rare in atoms.numbers}
-    assert 0 < len(has) < N_POOL
-    others = [z for z in (1, 6, 7, 8) if z != rare]
-    for seed in range(8):  # by chance some would begin with another one
-        asked = {"by": "random", "n": 3, "seed": seed, "elements_first": True}
-        assert chosen(select(tmp_path, pool, covered=others, **asked))[0] in has
-    write(tmp_path / "labelled.extxyz", [frames[min(has)]])  # covered is what is labelled, where it is not given
-    first = {
-        chosen(select(tmp_path, pool, labelled=[tmp_path / "labelled.extxyz"], **asked | {"seed": s}))[0]
-        for s in range(8)
-    }
-    lacking = {i for i, atoms in enumerate(frames) if not set(atoms.numbers) <= set(frames[min(has)].numbers)}
-    assert lacking
-    assert first <= lacking
+    counts = np.array([np.bincount(atoms.numbers, minlength=119) for atoms in frames], np.float64)
+    rank = np.linalg.matrix_rank(counts)
+    assert rank == 4
+    has = set(np.flatnonzero(counts[:, rare]).tolist())
+    without = counts[counts[:, rare] == 0]
+    ranks = []
+    for seed in range(8):
+        asked = {"by": "random", "n": 4, "seed": seed}
+        first = select(tmp_path, pool, **asked)
+        assert np.linalg.matrix_rank(counts[chosen(first)]) == rank
+        assert all("do not determine" in report.reason(first, pick) for pick in first.picks)
+        anyhow = select(tmp_path, pool, compositions_first=False, **asked)
+        ranks.append(np.linalg.matrix_rank(counts[chosen(anyhow)]))
+        lacking = chosen(select(tmp_path, pool, covered=without, **asked))
+        assert lacking[0] in has
+    assert min(ranks) < rank, "by chance some draws do not determine all elements"
+    write(tmp_path / "labelled.extxyz", [frames[i] for i in range(N_POOL) if i not in has])
+    labelled = [tmp_path / "labelled.extxyz"]  # what is covered, where it is not given
+    for seed in range(8):
+        found = chosen(select(tmp_path, pool, labelled=labelled, **asked | {"seed": seed}))
+        assert found[0] in has
