@@ -39,8 +39,14 @@ def sweep_of(method: str = "random", **sections: Any) -> SweepConfig:
 class Trainings:
     """An executor without processes: a trial's loss is a function of its number, one row per validation."""
 
-    def __init__(self, losses: Callable[[int, int], float], validations: int = 4, interrupt: "Sweep | None" = None):
-        self.losses, self.validations = losses, validations
+    def __init__(
+        self,
+        losses: Callable[[int, int], float],
+        validations: int = 4,
+        interrupt: "Sweep | None" = None,
+        finish: int | None = None,
+    ):
+        self.losses, self.validations, self.finish = losses, validations, finish
         self.commands: list[list[str]] = []
         self.stop_in: int | None = None
         self.sweep = interrupt
@@ -55,7 +61,11 @@ class Trainings:
         done = len(path.read_text().splitlines()) if path.is_file() else 0
         for n in range(done, self.validations):
             with path.open("a") as file:
-                file.write(json.dumps({"step": n, "val/loss": self.losses(number, n)}) + "\n")
+                row = {"step": n, "val/loss": self.losses(number, n)}
+                if self.finish is not None:  # as of a plan whose last part begins there
+                    seen = range(self.finish if n >= self.finish else 0, n + 1)
+                    row["best"] = min(self.losses(number, i) for i in seen)
+                file.write(json.dumps(row) + "\n")
             (folder / "checkpoints" / "latest").write_text("x")
             if self.stop_in == number and n == 1:
                 assert self.sweep is not None
@@ -159,6 +169,20 @@ def test_a_grid_is_gone_through_once_by_two_workers(make_recipe: Callable[..., P
     sweep = run_sweep(sweep_of("grid", parameters=parameters), make_recipe(), tmp_path / "s", trainings, 50, workers=2)
     assert states(sweep) == ["COMPLETE"] * 6
     assert len({tuple(sorted(t.params.items())) for t in sweep.study.trials}) == 6
+
+
+def test_a_run_counts_by_the_weights_that_it_keeps(make_recipe: Callable[..., Path], tmp_path: Path):
+    """Where a run ends on one fidelity alone its best weights are from there, not from where the loss was least."""
+    recipe, losses = make_recipe(), [[1.0, 4.0, 6.0, 7.0], [3.0, 4.0, 2.0, 5.0]]
+    grid = sweep_of("grid", parameters={"optim.lr": {"values": [0.01, 0.001]}})
+    trainings = Trainings(lambda number, n: losses[number][n], finish=2)
+    sweep = run_sweep(grid, recipe, tmp_path / "s", trainings, 2)
+    assert [t.value for t in sweep.study.trials] == [6.0, 2.0]
+    other = sweep_of(
+        "grid", parameters={"optim.lr": {"values": [0.01, 0.001]}}, metric={"name": "step", "goal": "minimize"}
+    )
+    sweep = run_sweep(other, recipe, tmp_path / "other", trainings, 2)
+    assert [t.value for t in sweep.study.trials] == [0.0, 0.0], "another metric than that of the weights: its least"
 
 
 def test_an_interrupted_sweep_resumes_its_trial_and_keeps_the_finished(
