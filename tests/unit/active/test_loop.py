@@ -11,14 +11,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import active_loop
 import forked
 import numpy as np
 import pytest
-import yaml
 
-from mffm.config.base import validate
-from mffm.config.data import DataConfig
-from mffm.data.ingest import ingest
 from mffm.data.store import Store
 from mffm.keys import ENERGY
 
@@ -26,56 +23,12 @@ SHIPPED = Path(__file__).parents[3] / "data" / "molecules.extxyz"
 EXIT_INPUT = 2
 
 
-def pool(folder: Path, oracle: Path) -> Path:
-    """Return a store of the oracle's structures with GFN2-xTB labels alone."""
-    config = {
-        "store": str(folder / "pool"),
-        "fidelities": {"gfn2": {"level_of_theory": "GFN2-xTB"}},
-        "sources": [
-            {
-                "name": "molecules", "path": str(oracle.parent / "molecules.extxyz"), "frame_key": "frame_id",
-                "group_key": "molecule", "licence": "MIT",
-                "labels": {"gfn2": {"energy": "energy_gfn2", "forces": "forces_gfn2"}},
-            }
-        ],
-        "splits": {"fractions": {"train": 0.6, "val": 0.2, "test": 0.2}},
-        "cutoffs": [4.0],
-    }  # fmt: skip
-    ingest(validate(DataConfig, config, "test"), folder, progress=False)
-    return folder / "pool"
-
-
 @pytest.fixture
 def make(tmp_path: Path, molecule_store: Path, tiny_release: Path) -> Callable[..., Path]:
     """Return a function that writes a configuration with a store of its own and returns its path."""
 
     def write(name: str = "loop", **changes: Any) -> Path:
-        folder = tmp_path / name
-        folder.mkdir()
-        recipe = {
-            "name": "tuned",
-            "data": {
-                "store": "-",
-                "plan": {
-                    "pools": [{"fidelity": "ccsdt", "properties": ["energy"]}], "edge_budget": 600,
-                    "edges_per_microbatch": 300,
-                },
-            },
-            "train": {
-                "steps": 4, "validate_every": 2, "save_every": 2, "log_every": 1, "threads": 1,
-                "best": "val/ccsdt/energy_mae",
-            },
-            "optim": {"warmup_steps": 2}, "log": {"wandb": "disabled"},
-        }  # fmt: skip
-        (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-        config = {
-            "name": "loop", "release": str(tiny_release), "asked": "pbe", "store": str(pool(folder, molecule_store)),
-            "label": {"level": f"store:{molecule_store}@ccsdt"}, "rounds": 2, "n": 4, "validation": 4, "test": 6,
-            "recipe": "recipe.yaml", **changes,
-        }  # fmt: skip
-        path = folder / "active.yaml"
-        path.write_text(yaml.safe_dump(config))
-        return path
+        return active_loop.write(tmp_path / name, molecule_store, tiny_release, **changes)
 
     return write
 
@@ -83,17 +36,6 @@ def make(tmp_path: Path, molecule_store: Path, tiny_release: Path) -> Callable[.
 def start(config: Path, *overrides: str, **options: Any) -> subprocess.CompletedProcess[str]:
     command = ["-m", "mffm", "active", str(config), *overrides, "--folder", str(config.parent / "run")]
     return forked.run(command, **options)
-
-
-def ends(config: Path) -> dict[str, Any]:
-    """Return what must not depend on kills: chosen structures, labels, weights, errors of every round."""
-    store = Store(config.parent / "pool")
-    rows = store.rows(fidelity="ccsdt")
-    found: dict[str, Any] = {"rows": rows.tolist(), "energies": store.energies("ccsdt", rows).tolist()}
-    for place in sorted((config.parent / "run").glob("round-*")):
-        errors = json.loads((place / "errors.json").read_text())
-        found[place.name] = [json.loads((place / "chosen.json").read_text()), errors["rows"], errors["weights"]]
-    return found
 
 
 def test_two_rounds_and_a_third(make: Callable[..., Path], molecule_store: Path):
@@ -115,10 +57,10 @@ def test_two_rounds_and_a_third(make: Callable[..., Path], molecule_store: Path)
     assert report["rounds"][1]["rows"][0]["n_systems"] == 6
     assert "| 2 | 8 |" in (run / "report.md").read_text()
     assert (run / "report.png").stat().st_size > 5000
-    before = ends(config)
+    before = active_loop.ends(config)
     again = start(config, "rounds=3")
     assert again.returncode == 0, again.stderr
-    after = ends(config)
+    after = active_loop.ends(config)
     assert {key: after[key] for key in ("round-01", "round-02")} == {
         key: before[key] for key in ("round-01", "round-02")
     }
@@ -146,7 +88,7 @@ def test_kills_change_nothing(make: Callable[..., Path], by: str):
         process.wait()
     done = start(killed)
     assert done.returncode == 0, done.stderr
-    assert ends(killed) == ends(undisturbed)
+    assert active_loop.ends(killed) == active_loop.ends(undisturbed)
 
 
 @pytest.mark.slow
@@ -162,7 +104,9 @@ def test_structures_without_a_label_are_not_chosen_again(make: Callable[..., Pat
     config = make(label={"level": f"store:{sparse}@ccsdt"}, validation=14, test=12, n=12)
     done = start(config)
     assert done.returncode == 0, done.stderr
-    chosen = [row for name, found in ends(config).items() if name.startswith("round") for row in found[0]["rows"]]
+    chosen = [
+        row for name, found in active_loop.ends(config).items() if name.startswith("round") for row in found[0]["rows"]
+    ]
     assert len(set(chosen)) == len(chosen) == 24
     store = Store(config.parent / "pool")
     has = store.has("ccsdt", ENERGY)
