@@ -207,3 +207,11 @@ def write_sevennet(path: Path, kind: str = "parity", **changes: Any) -> Path:
                 parameter.add_((0.01 if "coeffs" in name else 0.2) * torch.randn_like(parameter))
     torch.save({"config": config, "model_state_dict": model.state_dict(), "epoch": 1}, path)
     return path
+
+
+@pytest.fixture(scope="session")
+def public_data() -> Path:
+    """Folder of the published sets; tests that need it are skipped where it is not at hand."""
+    if "MFFM_DATA" not in os.environ:
+        pytest.skip("MFFM_DATA (folder of the published sets) is not set")
+    return Path(os.environ["MFFM_DATA"])
