@@ -44,6 +44,7 @@ from mffm.label.engines import plane_waves, xtb
 from mffm.label.level import Label
 
 GENERATED_MESH = [2, 2, 2]
+GIVEN_SPACING = 0.75  # 1/Å
 GFN1_ATOMS = 120
 
 # Experimental lattice constants (Å) of the conventional cubic cells.
@@ -166,8 +167,8 @@ def gfn1(atoms: Atoms) -> Label:
 
 def density_functional(atoms: Atoms, name: str) -> Label:
     """GPAW, on the frame's mesh where it has one."""
-    k = atoms.info.get("kmesh")
-    label = plane_waves.label(_frame(atoms), name, None if k is None else [int(i) for i in k])
+    k = atoms.info.get("kmesh", plane_waves.mesh(atoms.cell.array, GIVEN_SPACING))
+    label = plane_waves.label(_frame(atoms), name, [int(i) for i in k])
     return replace(label, info={"kmesh": np.array(label.info["kmesh"])})
 
 

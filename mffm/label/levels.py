@@ -49,7 +49,7 @@ def _dft(name: str, theory: str, grid: int) -> _Known:
 def _gpaw(name: str, theory: str) -> _Known:
     return _Known(
         f"{theory}, plane waves 700 eV",
-        "PAW setups PBE, half-shifted mesh of at most 0.75/Å, Fermi smearing 0.05 eV, spin-paired",
+        "PAW setups PBE, half-shifted mesh of at most 0.4/Å, Fermi smearing 0.05 eV, spin-paired",
         ("gpaw",),
         partial(plane_waves.label, name=name),
         plane_waves.refuse,

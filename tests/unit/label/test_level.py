@@ -205,7 +205,9 @@ def test_plane_waves_take_spin_paired_crystals(frame_of: FrameOf) -> None:
     assert plane_waves.refuse(frame_of(bulk("Al"))) == ""  # an odd number of electrons is nothing to a metal
     assert "d or f block" in plane_waves.refuse(frame_of(bulk("Fe")))
     assert "not periodic" in plane_waves.refuse(frame_of(molecule("H2O")))
-    assert plane_waves.mesh(bulk("MgO", "rocksalt", 4.21, cubic=True).cell.array) == [2, 2, 2]
+    cell = bulk("MgO", "rocksalt", 4.21, cubic=True).cell.array
+    assert plane_waves.mesh(cell) == [4, 4, 4]
+    assert plane_waves.mesh(cell, 0.75) == [2, 2, 2]
 
 
 def test_every_functional_has_a_level() -> None:
