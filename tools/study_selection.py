@@ -34,7 +34,7 @@ from mffm.study import curves
 ROOT = Path(__file__).parents[1]
 RECIPE = ROOT / "configs" / "finetune.yaml"
 PRETRAIN = ROOT / "configs" / "quickstart_pretrain.yaml"
-WAYS = ("random", "fps", "lcmd", "kmedoids", "maxdet")
+WAYS = ("random", "fps", "lcmd", "maxdet")
 VALIDATION = 20
 SHARE, FLOOR = 0.6, 0.85  # of random's labels, where a choice is meant to pay
 

@@ -15,7 +15,7 @@ def select(
     potential: PotentialArgument,
     pool: Annotated[list[Path], typer.Argument(help="what to choose from: stores, and files that ASE reads")],
     fidelity: FidelityOption,
-    by: Annotated[str, typer.Option(help="random, fps, lcmd, kmedoids, maxdet, uncertainty or disagreement")] = "lcmd",
+    by: Annotated[str, typer.Option(help="random, fps, lcmd, maxdet, uncertainty or disagreement")] = "lcmd",
     n: Annotated[int | None, typer.Option("--n", min=1, help="how many")] = None,
     labelled: Annotated[
         list[Path] | None, typer.Option(help="store or file of what is labelled already; may be given several times")

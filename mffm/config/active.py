@@ -13,7 +13,7 @@ OWN = ("name", "run", "seed", "start_from", "data.store", "data.layers", "data.f
 class ChoiceConfig(Schema):
     """How structures are chosen; as the options of ``mffm select``."""
 
-    by: Literal["random", "fps", "lcmd", "kmedoids", "maxdet", "uncertainty", "disagreement"] = "lcmd"
+    by: Literal["random", "fps", "lcmd", "maxdet", "uncertainty", "disagreement"] = "lcmd"
     against: str | None = Field(None, description="of disagreement: the level to compare with")
     cost: str | None = Field(None, description="atoms^p, e.g. atoms^2.4: prefer what gains more for its cost")
     per_formula: int | None = Field(None, ge=1, description="of one composition in a round, at most")

@@ -1,17 +1,13 @@
-"""What a greedy choice looks for, on features [n, d] of candidates: a pick is O(n d), of ``kmedoids`` O(SHOWN² d) more.
+"""What a greedy choice looks for, on features [n, d] of candidates: every pick is O(n d).
 
     random        a drawn order
     fps           farthest point: the largest distance to what is labelled or chosen
     lcmd          largest cluster, maximum distance (Holzmueller et al., arXiv:2203.09410): in the cluster around a
                   labelled or chosen point with the largest sum of squared distances, the point farthest from its centre
-    kmedoids      the largest decrease of Σ over all candidates of the squared distance to the nearest labelled or
-                  chosen point: few far ones count less than many near ones (facility location; greedy, so within
-                  1 - 1/e of the best choice, Nemhauser et al., Math. Program. 14, 265 (1978))
     maxdet        D-optimality: the largest gain log(1 + fᵀA⁻¹f) of log det A, A = Σ f fᵀ over labelled and chosen + λ 1
     weighted      farthest point, squared distances times squared weights (σ, a difference of two levels)
 
-Without anything labelled the first pick is the point farthest from the mean; of ``weighted`` the largest weight, of
-``kmedoids`` the point that the others are nearest to.
+Without anything labelled the first pick is the point farthest from the mean; of ``weighted`` the largest weight.
 """
 
 from typing import Protocol
@@ -19,7 +15,6 @@ from typing import Protocol
 import numpy as np
 
 BLOCK = 1 << 13  # rows of a block; 8 MB of float64 at 128 features
-SHOWN = 1 << 11  # candidates that ``kmedoids`` looks at in a pick, and those that it sums over
 RELATIVE_RIDGE = 1e-6  # λ over the mean square of a feature
 
 
@@ -107,31 +102,6 @@ class Weighted(Distances):
     def gains(self, allowed: np.ndarray) -> np.ndarray:
         del allowed
         return self._weights * self.squared if self._n_centres else self._weights
-
-
-class Medoids(Distances):
-    """Greedy k-medoids with squared distances.
-
-    Of more than ``SHOWN`` candidates it sums over so many of them, drawn once, and looks in each pick at as many, drawn
-    anew (stochastic greedy, Mirzasoleiman et al., arXiv:1409.7938).
-    """
-
-    def __init__(self, x: np.ndarray, labelled: np.ndarray, seed: int = 0):
-        super().__init__(x, labelled)
-        self._rng = np.random.default_rng(seed)
-        self._over = np.arange(len(x)) if len(x) <= SHOWN else np.sort(self._rng.choice(len(x), SHOWN, replace=False))
-        self._far = 4 * float(self._norms.max(initial=0)) + 1  # of what nothing is near to yet: beyond any distance
-
-    def gains(self, allowed: np.ndarray) -> np.ndarray:
-        offered = np.flatnonzero(allowed)
-        if len(offered) > SHOWN:
-            offered = np.sort(self._rng.choice(offered, SHOWN, replace=False))
-        over = self._over
-        left = np.minimum(self.squared[over], self._far)
-        squared = self._norms[offered, None] + self._norms[over] - 2 * (self.x[offered] @ self.x[over].T)
-        gains = np.full(len(allowed), -np.inf)
-        gains[offered] = np.maximum(left - np.maximum(squared, 0), 0).sum(1, dtype=np.float64)
-        return gains
 
 
 class MaxDet:

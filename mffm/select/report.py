@@ -97,8 +97,6 @@ def _criterion(found: Selection, pick: Pick) -> str:
         away = "nothing is labelled, farthest from the mean"
     else:
         away = f"{distance:.3g} from {found.place_of_nearest(which)}, the nearest that is labelled or chosen"
-    if options.by == "kmedoids":
-        return f"takes {pick.gain:.3g} from the squared distances of the pool{per_cost}, {away}"
     if options.by == "uncertainty":
         assert found.stds is not None
         return f"σ {1e3 * found.stds[pick.index]:.3g} meV/atom, {away}{per_cost}"

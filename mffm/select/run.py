@@ -16,12 +16,12 @@ from mffm.deploy.ensemble import require_ensemble
 from mffm.errors import InputError, known
 from mffm.keys import N_ELEMENTS
 from mffm.release import Loaded, load, uncertainty
-from mffm.select.criteria import Criterion, Distances, LargestCluster, MaxDet, Medoids, Random, Weighted
+from mffm.select.criteria import Criterion, Distances, LargestCluster, MaxDet, Random, Weighted
 from mffm.select.greedy import Limits, Pick, greedy
 from mffm.select.latent import measure
 from mffm.select.pool import Structures, first_of_each, labelled_origin, pool_origin
 
-WAYS = ("random", "fps", "lcmd", "kmedoids", "maxdet", "uncertainty", "disagreement")
+WAYS = ("random", "fps", "lcmd", "maxdet", "uncertainty", "disagreement")
 MEASURED = "measured"  # folder of what the potential was asked, within the output
 
 Progress = Callable[[str, int, int | None], None]  # what is counted, how many, of how many where it is known
@@ -328,8 +328,6 @@ def _criterion(found: Selection) -> Criterion:
             return Distances(found.x, found.labelled_x)
         case "lcmd":
             return LargestCluster(found.x, found.labelled_x)
-        case "kmedoids":
-            return Medoids(found.x, found.labelled_x, found.options.seed)
         case "maxdet":
             return MaxDet(found.x, found.labelled_x)
         case "uncertainty":

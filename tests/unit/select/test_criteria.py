@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from mffm.select import criteria
-from mffm.select.criteria import Distances, LargestCluster, MaxDet, Medoids, Random, Weighted, nearest
+from mffm.select.criteria import Distances, LargestCluster, MaxDet, Random, Weighted, nearest
 from mffm.select.greedy import Limits, greedy
 
 
@@ -61,29 +61,6 @@ def test_largest_cluster_by_definition(points):
         expected.append(int(inside[int(least[inside].argmax())]))
         centres = np.concatenate([centres, x[expected[-1:]]])
     assert picks(LargestCluster(x, labelled), len(x), 25) == expected
-
-
-@pytest.mark.parametrize("n_labelled", [0, 2])
-def test_medoids_by_definition(points, n_labelled: int):
-    x, labelled = points
-    centres, expected = labelled[:n_labelled], []
-    for _ in range(25):
-        sums = [squared(x, np.concatenate([centres, x[i : i + 1]])).min(1).sum() for i in range(len(x))]
-        expected.append(int(np.argmin([math.inf if i in expected else s for i, s in enumerate(sums)])))
-        centres = np.concatenate([centres, x[expected[-1:]]])
-    assert picks(Medoids(x, labelled[:n_labelled]), len(x), 25) == expected
-
-
-def test_medoids_of_a_large_pool_are_nearly_as_good(points, monkeypatch):
-    x, labelled = points
-    whole = picks(Medoids(x, labelled), len(x), 10)
-    monkeypatch.setattr(criteria, "SHOWN", 50)
-    found = [picks(Medoids(x, labelled, seed), len(x), 10) for seed in (0, 0, 1)]
-    assert found[0] == found[1] != found[2]
-    left = [squared(x, np.concatenate([labelled, x[which]])).min(1).sum() for which in (whole, *found)]
-    drawn = [squared(x, np.concatenate([labelled, x[picks(Random(150, s), 150, 10)]])).min(1).sum() for s in range(5)]
-    assert left[0] < max(left[1:]) < 1.25 * left[0]
-    assert max(left) < min(drawn)
 
 
 @pytest.mark.parametrize("n_labelled", [0, 2])
