@@ -1,6 +1,6 @@
 """Labels that ``mffm select`` chooses against random ones: fine-tunings with as many of each. Resumable.
 
-    for name in molecules_many molecules alloys; do mffm ingest configs/data/$name.yaml; done
+    for name in molecules_many molecules solids; do mffm ingest configs/data/$name.yaml; done
     python tools/study_selection.py diverse --workers 2           # report: studies/selection/diverse/report.md
 
 For each case a release is trained on the cheap level's labels of the training split. It chooses, by each way, from a
@@ -66,7 +66,7 @@ CASES = {
                       (12, 25, 50), few=6),
     "ccsdt": Case("energies of many frames of six molecules, one of each of the others", "stores/molecules", "pbe",
                   "ccsdt", (12, 25, 50), few=6),
-    "alloys": Case("cells of four pseudo-binaries", "stores/alloys", "pbe_gpaw", "r2scan_gpaw", (6, 12, 24)),
+    "solids": Case("cells of compounds and pseudo-binaries", "stores/solids", "pbe_gpaw", "r2scan_gpaw", (16, 32, 64)),
 }  # fmt: skip
 
 
@@ -239,11 +239,15 @@ def report(study: Study, errors: dict[str, Errors]) -> tuple[str, dict[str, Any]
     splits = list(next(iter(errors.values())))
     metrics = list(next(iter(errors.values()))[splits[0]])
     shares: dict[str, Any] = {}
+    n = {split: len(store.rows(split=split, fidelity=case.high)) for split in ("val", *splits)}
+    n["val"] = min(n["val"], VALIDATION)
+    held = f" and {n['ood']} of groups that no training has (ood)" if "ood" in splits else ""
     lines = [
         f"# Choosing {case.high} labels: {case.title}", "",
         f"Store {store.path.name} (`{store.fingerprint[:12]}`), {len(rows)} structures to choose from in "
         f"{len(np.unique(store.group[rows]))} groups; release: {study.base_steps} steps on {case.low}; fine-tuning: "
-        f"{study.steps} steps; {len(study.seeds)} seeds. Weights chosen by {VALIDATION} validation frames. Mean over "
+        f"{study.steps} steps; {len(study.seeds)} seeds. Weights chosen by {n['val']} validation frames, judged on {n['test']} test "
+        f"frames{held}. Mean over "
         "seeds ± standard deviation; in brackets the labels ÷ those that random needs for the same error. Energies "
         "meV/atom, forces meV/Å, mean absolute errors of a frame: their mean, 99th percentile, and the mean of the "
         "worst group.", "",
@@ -254,12 +258,12 @@ def report(study: Study, errors: dict[str, Errors]) -> tuple[str, dict[str, Any]
             lines.append("|---|" + "---|" * len(case.n))
             for way in study.ways:
                 cells = []
-                for n, seeds in by_labels(study, errors, way, split, metric).items():
+                for n_labels, seeds in by_labels(study, errors, way, split, metric).items():
                     values = list(seeds.values())
                     cells.append(f"{np.mean(values):.1f} ± {np.std(values):.1f}")
                     if way != "random":
-                        found = share(study, errors, way, split, metric, n)
-                        shares[f"{split}/{metric}/{way}/{n}"] = found.text()
+                        found = share(study, errors, way, split, metric, n_labels)
+                        shares[f"{split}/{metric}/{way}/{n_labels}"] = found.text()
                         cells[-1] += f" ({found.text()})"
                 lines.append(f"| {way} | " + " | ".join(cells) + " |")
             lines.append("")
