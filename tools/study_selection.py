@@ -246,8 +246,8 @@ def report(study: Study, errors: dict[str, Errors]) -> tuple[str, dict[str, Any]
         f"# Choosing {case.high} labels: {case.title}", "",
         f"Store {store.path.name} (`{store.fingerprint[:12]}`), {len(rows)} structures to choose from in "
         f"{len(np.unique(store.group[rows]))} groups; release: {study.base_steps} steps on {case.low}; fine-tuning: "
-        f"{study.steps} steps; {len(study.seeds)} seeds. Weights chosen by {n['val']} validation frames, judged on {n['test']} test "
-        f"frames{held}. Mean over "
+        f"{study.steps} steps; {len(study.seeds)} seeds. Weights chosen by {n['val']} validation frames, judged on "
+        f"{n['test']} test frames{held}. Mean over "
         "seeds ± standard deviation; in brackets the labels ÷ those that random needs for the same error. Energies "
         "meV/atom, forces meV/Å, mean absolute errors of a frame: their mean, 99th percentile, and the mean of the "
         "worst group.", "",
