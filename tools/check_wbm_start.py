@@ -107,8 +107,8 @@ def main(
     base = errors(given, materials, ids)
     lines = [row(GIVEN, given, base, base, ids)]
     source = Source(potential, None, parse_arguments(arguments or []))
-    for start in STARTS:
-        path = place / f"start-{''.join(c if c.isalnum() else '_' for c in start)}.jsonl"
+    for number, start in enumerate(STARTS, 1):
+        path = place / f"start-{number}.jsonl"
         records = read(path)
         path.write_text("".join(json.dumps(asdict(r)) + "\n" for r in records.values()))
         work = Work(source, (__name__, "Started", start), data, Options(corrected), place / "workers.log")

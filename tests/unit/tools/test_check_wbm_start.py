@@ -40,8 +40,9 @@ def test_the_table(public_data: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     assert [line.split("|")[1].strip() for line in lines[2:]] == [check_wbm_start.GIVEN, *check_wbm_start.STARTS]
     assert "3 of 3" in lines[2]
     assert "+0.0000 (+0.0000 to +0.0000)" in lines[2]
-    path = next((tmp_path / "matbench-discovery" / "wbm972").glob("start-*.jsonl"))
-    before = path.read_text()
+    paths = sorted((tmp_path / "matbench-discovery" / "wbm972").glob("start-*.jsonl"))
+    before = [path.read_text() for path in paths]
+    assert len(set(before)) == len(check_wbm_start.STARTS)
     check_wbm_start.main(POTENTIAL, tmp_path, public_data, corrected=True, limit=N)
     assert capsys.readouterr().out.splitlines() == lines
-    assert path.read_text() == before
+    assert [path.read_text() for path in paths] == before
