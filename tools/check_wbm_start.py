@@ -1,7 +1,7 @@
 """What the start of a relaxation does to WBM's formation energies: DFT's relaxed crystals, strained and displaced.
 
     mffm benchmark ase:package.module:factory --task matbench-discovery/wbm972 --data $MFFM_DATA --output FOLDER
-    python tools/check_wbm_start.py ase:package.module:factory FOLDER --limit 150 --workers 2
+    python tools/check_wbm_start.py FOLDER --limit 150 --workers 2
 
 The suite starts from structures that DFT has not relaxed, the public 972 are relaxed ones. FOLDER has the results from
 these; the first ``--limit`` of them are relaxed again from each start of ``STARTS``, by the same protocol. Prints a
@@ -25,9 +25,10 @@ from ase import Atoms
 from mffm.errors import InputError
 from mffm.evaluate.benchmark.pool import Record, Work, compute
 from mffm.evaluate.benchmark.run import subset
-from mffm.evaluate.benchmark.source import Source, parse_arguments
+from mffm.evaluate.benchmark.source import Source
 from mffm.evaluate.benchmark.task import Options
 from mffm.evaluate.matbench_discovery.wbm import Material, Wbm972, bootstrap
+from mffm.release import read_json
 
 # Name → factor of the volume, and standard deviation of the displacements in Å.
 STARTS = {"volume +15 %": (1.15, 0.0), "volume -15 %": (0.85, 0.0), "volume +5 %, displaced by 0.1 Å": (1.05, 0.1)}
@@ -67,7 +68,7 @@ def read(path: Path) -> dict[str, Record]:
 
 def errors(records: Mapping[str, Record], materials: Mapping[str, Material], ids: list[str]) -> np.ndarray:
     """Return |e_form - label| in eV/atom, NaN where there is no result. [len(ids)]"""
-    results = [records[i].result if i in records else None for i in ids]
+    results = [records[i].result for i in ids]
     return np.array(
         [np.nan if r is None else abs(r["e_form"] - materials[i].e_form) for i, r in zip(ids, results, strict=True)]
     )
@@ -88,11 +89,8 @@ def row(name: str, of: Mapping[str, Record], mine: np.ndarray, given: np.ndarray
 
 
 def main(
-    potential: Annotated[str, typer.Argument(help="as of mffm benchmark")],
     folder: Annotated[Path, typer.Argument(help="--output of the benchmark")],
     data: Annotated[Path, typer.Option(help="folder with wbm972/", envvar="MFFM_DATA")],
-    arguments: Annotated[list[str] | None, typer.Option("--with", help="name=value of the factory")] = None,
-    corrected: Annotated[bool, typer.Option("--corrected-energies", help="as of mffm benchmark")] = False,
     limit: Annotated[int, typer.Option(min=2, help="structures")] = 150,
     workers: Annotated[int, typer.Option(min=1, help="processes")] = 1,
     time_limit: Annotated[float, typer.Option(help="seconds a structure")] = 600.0,
@@ -106,12 +104,13 @@ def main(
         raise InputError(f"{place}: not all of {len(ids)} structures are there; run `mffm benchmark` to its end first")
     base = errors(given, materials, ids)
     lines = [row(GIVEN, given, base, base, ids)]
-    source = Source(potential, None, parse_arguments(arguments or []))
+    was = read_json(place / "identity.json")
+    source, options = Source(was["potential"], was["fidelity"], was["arguments"]), Options(**was["options"])
     for number, start in enumerate(STARTS, 1):
         path = place / f"start-{number}.jsonl"
         records = read(path)
         path.write_text("".join(json.dumps(asdict(r)) + "\n" for r in records.values()))
-        work = Work(source, (__name__, "Started", start), data, Options(corrected), place / "workers.log")
+        work = Work(source, (__name__, "Started", start), data, options, place / "workers.log")
         todo = [i for i in ids if i not in records]
         for record in compute(work, todo, workers, time_limit) if todo else ():
             with path.open("a") as file:

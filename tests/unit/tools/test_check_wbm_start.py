@@ -32,10 +32,10 @@ def test_starts_are_moved_as_they_say(public_data: Path):
 @pytest.mark.slow
 def test_the_table(public_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     with pytest.raises(InputError, match="not all of 3 structures are there"):
-        check_wbm_start.main(POTENTIAL, tmp_path, public_data, limit=N)
+        check_wbm_start.main(tmp_path, public_data, limit=N)
     settings = Settings(public_data, 1, limit=N, options=Options(corrected_energies=True))
     run_task(Source(POTENTIAL), "matbench-discovery/wbm972", settings, tmp_path, lambda *_: None)
-    check_wbm_start.main(POTENTIAL, tmp_path, public_data, corrected=True, limit=N)
+    check_wbm_start.main(tmp_path, public_data, limit=N)
     lines = capsys.readouterr().out.splitlines()
     assert [line.split("|")[1].strip() for line in lines[2:]] == [check_wbm_start.GIVEN, *check_wbm_start.STARTS]
     assert "3 of 3" in lines[2]
@@ -43,6 +43,6 @@ def test_the_table(public_data: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     paths = sorted((tmp_path / "matbench-discovery" / "wbm972").glob("start-*.jsonl"))
     before = [path.read_text() for path in paths]
     assert len(set(before)) == len(check_wbm_start.STARTS)
-    check_wbm_start.main(POTENTIAL, tmp_path, public_data, corrected=True, limit=N)
+    check_wbm_start.main(tmp_path, public_data, limit=N)
     assert capsys.readouterr().out.splitlines() == lines
     assert [path.read_text() for path in paths] == before
