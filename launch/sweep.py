@@ -300,8 +300,9 @@ class Sweep:
             )
         else:
             value = self._best(seen)
+            # That of the weights: not the least one where the run ends on some fidelities alone.
             if self.config.metric.name == recipe.train.best and self.config.metric.goal == "minimize":
-                value = _of_weights(folder, value)
+                value = [row.get("best", value) for row in _rows(folder) if self.config.metric.name in row][-1]
             self.study.tell(trial.number, value)
             self.say(f"{name} done: {self.config.metric.name} {value:.6g}")
 
@@ -348,11 +349,6 @@ class Sweep:
 
         with handling_stops(handler):
             yield
-
-
-def _of_weights(folder: Path, least: float) -> float:
-    """Return the value of a run's best weights: not its least one where the run ends on some fidelities alone."""
-    return [row.get("best", least) for row in _rows(folder) if "val/loss" in row][-1]
 
 
 def _rows(folder: Path) -> list[dict[str, float]]:
