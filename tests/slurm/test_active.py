@@ -49,8 +49,7 @@ def test_an_interrupted_loop_adopts_its_jobs(molecule_store: Path, tiny_release:
         assert "of an earlier start with --cluster" in refused.stderr
         done = subprocess.run(asked, capture_output=True, text=True, cwd=ROOT, timeout=400)
     finally:
-        subprocess.run(
-            ["scancel", "--name", ",".join(names_of_jobs("label-loop-") + names_of_jobs("loop-"))], timeout=30
-        )
+        for name in {*names_of_jobs("label-loop-"), *names_of_jobs("loop-")}:
+            subprocess.run(["scancel", "--name", name], timeout=30)
     assert done.returncode == 0, done.stdout + done.stderr
     assert active_loop.ends(there) == active_loop.ends(here)
